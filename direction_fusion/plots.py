@@ -27,31 +27,32 @@ from .metrics import check_levels, check_matrix, interference, learning_curve, m
 
 # %% ../nbs/13_plots.ipynb #8ec22491
 FAMILIES = { # hue, and the methods in the order in which they take its shades
-    'average': ('#0072B2', 'soft_soup greedy_soup task_arithmetic slerp nuslerp multislerp karcher model_stock'),
-    'orthogonal': ('#D55E00', 'orthogonal_deltas orthogonal_subspace opcm dop nufilt orthomerge'),
-    'dora': ('#009E73', 'dora dora_polar do_merging widen'),
+    'soup': ('#0072B2', 'soft_soup greedy_soup slerp nuslerp multislerp karcher model_stock'),
+    'orthogonal': ('#D55E00', 'orthogonal_deltas orthogonal_subspace opcm orthogonal_model orthogonal_symmetric'),
+    'dora': ('#009E73', 'dora dora_polar'),
     'sparse': ('#CC79A7', 'ties dare della breadcrumbs magmax sce'),
-    'spectral': ('#E69F00', 'tsv_m iso_c iso_cts knots wudi svc'),
-    'calibrated': ('#56B4E9', 'regmean regmean_pp fisher'),
-    'training': ('#555555', 'sequential joint'),
+    'spectral': ('#E69F00', 'tsv_m iso_c iso_cts knots wudi orthomerge dop nufilt tsv_m_svc task_arithmetic_svc'),
+    'calibrated': ('#56B4E9', 'regmean fisher do_merging widen regmean_pp'),
+    'baseline': ('#555555', 'sequential task_arithmetic joint'),
 }
 _OWN = '#882255', '#999933', '#332288', '#7F4F24' # hues for methods from outside
-_SHADES = 0, -.4, .3, -.2, -.6, .15, -.5, .4      # towards black (−) or white (+), by place in the family
-_MARKERS = 'o', 's', '^', 'D', 'v', 'P', 'X', '<'
+_SHADES = 0, -.4, .3, -.2, -.6, .15, -.5, .4, -.3, .5 # towards black (−) or white (+), by place in the family
+_MARKERS = 'o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', 'p'
 
 def _shade(color:str, a:float)->str: # `color` mixed with black (a < 0) or white (a > 0)
     return to_hex(np.array(to_rgb(color)) * (1 - abs(a)) + max(a, 0))
 
 def method_style(
-    name:str,         # key of a method, known or not
+    name:str,         # key of a method, known or not; parameters behind it, as in `dora(rho=0.1)`, do not change its look
 )->dict[str, str]:    # `color` (hexadecimal) and `marker`, as matplotlib's keyword arguments
     "The look of a method, the same in every figure and on every machine."
+    name = name.partition('(')[0]
     for hue, names in FAMILIES.values():
         if name in names.split():
-            i = names.split().index(name) % len(_SHADES)
+            i = names.split().index(name) % 10
             return dict(color=_shade(hue, _SHADES[i]), marker=_MARKERS[i])
     h = int(hashlib.sha256(name.encode()).hexdigest(), 16)
-    return dict(color=_OWN[h % 4], marker=_MARKERS[h // 4 % 8])
+    return dict(color=_OWN[h % 4], marker=_MARKERS[h // 4 % 10])
 
 # %% ../nbs/13_plots.ipynb #2a82032d
 def check_record(

@@ -3,16 +3,27 @@
 The few dictionaries below say what no field of an entry says. A name that is absent takes its family's promise."""
 import itertools
 import re
-from functools import lru_cache
 from math import inf, isfinite, nan, prod
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from direction_fusion.core import fingerprint
-from direction_fusion.methods import METHODS, SLOTS, Fusion, Method, _arguments, check_params, fold, fuse, hyperparameters, load_fusion
+from direction_fusion.methods import (
+    METHODS,
+    SLOTS,
+    Fusion,
+    Method,
+    _arguments,
+    check_params,
+    fold,
+    fuse,
+    hyperparameters,
+    load_fusion,
+)
 
 FUSING = {n: m for n, m in METHODS.items() if m.kind != 'training'}
 FAMILIES = 'soup', 'orthogonal', 'dora', 'sparse', 'spectral', 'calibrated', 'baseline'
@@ -57,7 +68,8 @@ def statistics(name, base, T, seed=0): # what the entry needs, one mapping per e
     need, g = FUSING[name].needs, torch.Generator().manual_seed(seed)
     draw = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)
     d_in = {k: b.shape[ROLES[k] == 'linear'] for k, b in base.items() if ROLES[k] in ('linear', 'linear_t')}
-    one = {'covariance': lambda: {k: (lambda x: x.mT @ x / 20)(draw(20, d)) for k, d in d_in.items()},
+    square = lambda x: x.mT @ x / len(x)
+    one = {'covariance': lambda: {k: square(draw(20, d)) for k, d in d_in.items()},
            'fisher': lambda: {k: draw(*b.shape).square() for k, b in base.items() if b.is_floating_point()}}.get(need)
     kind = lambda k: torch.promote_types(base[k].dtype, torch.float32)
     return one and [{need: {k: v.to(kind(k)) for k, v in one().items()}} for _ in range(T)]
@@ -83,12 +95,7 @@ def run(name, base, experts, stats=None, **params): # merged state dict
 def own(name, base): return [k for k in base if k != 'n' and start(name, base)._own(k)] # taken by the rule, not by its fallback
 
 
-@lru_cache
-def most(name): # largest number of experts, 6 at most: two for a rule between two
-    try: run(name, *models(3)); return 6
-    except ValueError as e:
-        assert re.search(r'\b2\b', str(e)), f'a refusal of three experts must say how many may come: {e}'
-        return 2
+def most(name): return min(6, FUSING[name].most or 6) # experts at once
 
 
 def moved(a, b): return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
@@ -172,7 +179,7 @@ def test_every_value_in_range_works(name):
 def test_names_shapes_dtypes(name, dtype):
     base, experts = models(2, dtype=dtype)
     stats = statistics(name, base, 2)
-    measured = [list(s.values())[0] for s in stats or []]
+    measured = [x for s in stats or [] for x in s.values()]
     before = [fingerprint(x) for x in (base, *experts, *measured)]
     out = run(name, base, experts, stats)
     assert [fingerprint(x) for x in (base, *experts, *measured)] == before, 'an input was changed'
@@ -221,7 +228,7 @@ def test_transposed_maps(name):
     base, experts = models(2, only=['up.weight'])
     stats = statistics(name, base, 2)
     turn = lambda sd: {'c_fc.weight': sd['up.weight'].mT.contiguous()}
-    stats_t = stats and [{s: {'c_fc.weight': x.mT.contiguous() for x in v.values()} for s, v in st.items()} for st in stats]
+    stats_t = stats and [{s: turn(v) for s, v in one.items()} for one in stats]
     if FUSING[name].random: return # one stream per name
     got = run(name, turn(base), [turn(e) for e in experts], stats_t)
     assert_close(got, turn(run(name, base, experts, stats)), rtol=1e-5, atol=1e-6)
@@ -257,7 +264,7 @@ SIDES = dict(soup='both', baseline='both', orthogonal='both', dora='both', spect
 SIDES_OF = dict(
     dora_polar='right',                             # lengths and angles of rows
     knots='left', do_merging='left', widen='left',  # signs and magnitudes in the inputs' basis; lengths and angles of columns
-    regmean='left', regmean_pp='left',              # the off-diagonal factor belongs to the inputs' basis
+    regmean='left',                                 # the off-diagonal factor belongs to the inputs' basis
     wudi='')                                        # Adam scales each entry on its own
 
 
@@ -277,8 +284,8 @@ def test_changes_of_basis(name):
 
 # One expert, copies of one, none that moved
 
-ALONE = dict(dora=dict(rho=0.), dora_polar={}, regmean={}, regmean_pp={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
-COPIES = ALONE | dict(widen=None, opcm=None)                                                                          # T copies
+ALONE = dict(dora=dict(rho=0.), dora_polar={}, regmean={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
+COPIES = ALONE | dict(widen=None, opcm=None)                                                          # T copies
 SUMS = 'orthogonal_deltas', 'orthogonal_subspace', 'orthogonal_model', 'orthogonal_symmetric', 'tsv_m', 'magmax', 'task_arithmetic'
 
 
@@ -363,11 +370,11 @@ def test_state_is_of_constant_size_and_never_changed(name):
     fusion, sizes = start(name, base), []
     for e, s in zip(experts, statistics(name, base, 5) or [None] * 5):
         old = fusion.states
-        copy = {k: {n: torch.as_tensor(v).clone() for n, v in st.items()} for k, st in old.items()}
+        copy = {k: {n: torch.as_tensor(v).clone() for n, v in state.items()} for k, state in old.items()}
         fusion.add(e, stats=s)
-        for k, st in copy.items():
-            for n, v in st.items(): same_bits(torch.as_tensor(old[k][n]), v)
-        sizes.append({(k, n): tuple(torch.as_tensor(v).shape) for k, st in fusion.states.items() for n, v in st.items()})
+        for k, state in copy.items():
+            for n, v in state.items(): same_bits(torch.as_tensor(old[k][n]), v)
+        sizes.append({(k, n): tuple(torch.as_tensor(v).shape) for k, state in fusion.states.items() for n, v in state.items()})
     assert all(s == sizes[1] for s in sizes[1:]), 'the state grows'
 
 
@@ -420,6 +427,12 @@ def test_bad_numbers_are_named(name):
         with pytest.raises(ValueError, match=f"expert 2, '{k}'"): run(name, base, [experts[0], broken])
 
 
+@pytest.mark.parametrize('name', [n for n, m in FUSING.items() if m.most])
+def test_too_many_experts_are_refused(name):
+    base, experts = models(FUSING[name].most + 1)
+    with pytest.raises(ValueError, match=f'at most {FUSING[name].most} experts'): run(name, base, experts)
+
+
 @every
 def test_bad_experts_are_named(name):
     base, (a, b) = models(2)
@@ -458,3 +471,10 @@ def test_a_lie_is_caught(lie, monkeypatch):
     m = Method(**dict(title='A lie', family='user', cite='1') | fields, rule=rule)
     for table in (METHODS, FUSING): monkeypatch.setitem(table, lie, m)
     with pytest.raises((AssertionError, ValueError)): test(lie)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_has_a_look_of_its_own(name):
+    from direction_fusion.plots import FAMILIES, method_style
+    assert name in ' '.join(names for _, names in FAMILIES.values()).split()
+    assert not any(method_style(name) == method_style(other) for other in METHODS if other != name)
