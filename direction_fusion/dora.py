@@ -93,7 +93,7 @@ def input_proxy(
     delta:Tensor, # (d_out, d_in) delta of an expert
     p:float=1.    # spectral power > 0
 )->Tensor:        # (d_in, d_in) symmetric, trace 1; zeros for a zero delta
-    "(ΔᵀΔ)^p with unit trace (p = 1: arXiv:2503.08099, eq. 8)."
+    "(ΔᵀΔ)^p with unit trace (p = 1: arXiv:2503.08099)."
     if not p > 0: raise ValueError(f"`p` must be positive, got {p}")
     if p == 1: C = delta.T @ delta
     else:
@@ -106,7 +106,7 @@ def input_proxy(
 def align_add(
     state:dict,               # running sums `DC` (d_out, d_in), `C` (d_in, d_in), `D` (d_out, d_in)
     delta:Tensor,             # (d_out, d_in) delta of the new expert
-    p:float=.75,              # spectral power of the proxy; not used with a measured covariance
+    p:float=1.,               # spectral power of the proxy; not used with a measured covariance
     covariance:Tensor|None=None, # (d_in, d_in) measured E[xxᵀ] of the expert's inputs, in place of the proxy
     sign:float=1.             # −1 takes the expert out again
 )->dict:                      # the next state
@@ -118,7 +118,7 @@ def align_add(
 def align_remove(
     state:dict,               # running sums
     delta:Tensor,             # (d_out, d_in) delta of an expert that was added before
-    p:float=.75,              # as it was added
+    p:float=1.,               # as it was added
     covariance:Tensor|None=None # as it was added
 )->dict:                      # the state without it, up to rounding
     "Subtracts an expert's terms."
@@ -126,7 +126,7 @@ def align_remove(
 
 def align_merged(
     state:dict,    # running sums
-    rho:float=.1,  # ridge ρ ≥ 0, relative to the mean eigenvalue of ΣC_t
+    rho:float=.03, # ridge ρ ≥ 0, relative to the mean eigenvalue of ΣC_t
     lam:float=.3   # λ: the ridge pulls to λΣΔ_t
 )->Tensor:         # (d_out, d_in) merged delta
     "(ΣΔ_tC_t + ρ'λΣΔ_t)(ΣC_t + ρ'I)⁻¹ with ρ' = ρ·tr(ΣC_t)/d_in; for ρ = 0 the solution of least norm."

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from .calibrated import do_merging, fisher_merging, regmean, widen
-from .core import TaskVector, apply_tau, atomic_path, fingerprint, is_fusable, named_roles, task_vector
+from .core import (TaskVector, apply_tau, atomic_path, check_expert, fingerprint, is_fusable, named_roles,
+                                   task_vector)
 from .dora import MAGNITUDES, align_add, align_merged, align_remove, polar_add, polar_merged
 from .orthogonal import (GRAINS, LOWDIN_GRAINS, SIDES, gram_survey, lowdin, lowdin_survey, norm_rescale, opcm_add,
                                          opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, scaled_merged, subspace_add)
@@ -128,10 +129,10 @@ METHODS |= dict(
         ranges=dict(t=_share, on=ON, grain=GRAINS, lam=_positive), grid=dict(t=[.1, .2, .3, .4, .5, .6, .7, .8, .9]),
         most=2, variant='whole weights (on=weight), as mergekit; mergekit walks straight above cosine 0.9995'),
     nuslerp=Method(
-        'NuSLERP', 'soup', 'mergekit\'s nuslerp', rule=nuslerp, cost='T²·d_out·d_in', most=2,
+        'NuSLERP', 'soup', 'mergekit 0.1.5\'s nuslerp', rule=nuslerp, cost='T²·d_out·d_in', most=2,
         ranges=dict(on=ON, grain=GRAINS, lam=_positive), grid=_MEAN, variant='deltas, as mergekit with a base; on=weight as without'),
     multislerp=Method(
-        'Multi-SLERP', 'soup', 'mergekit\'s multislerp', rule=multislerp, cost='T²·d_out·d_in',
+        'Multi-SLERP', 'soup', 'mergekit 0.1.5\'s multislerp', rule=multislerp, cost='T²·d_out·d_in',
         ranges=dict(on=ON, grain=GRAINS, lam=_positive), grid=_MEAN,
         variant='normalised mean of directions, which is what mergekit\'s tangent step comes to; deltas, as with a base'),
     karcher=Method(
@@ -263,7 +264,7 @@ METHODS |= dict(
         variant='off-diagonal factor α as in the paper; the mean where no input speaks; with the statistics of '
                 '`merged_covariances` it is RegMean++ (arXiv:2508.03121)'),
     fisher=Method(
-        'Fisher merging', 'calibrated', 'Matena and Raffel 2022, arXiv:2111.09832, eq. 5', rule=fisher_merging, needs='fisher',
+        'Fisher merging', 'calibrated', 'Matena and Raffel 2022, arXiv:2111.09832', rule=fisher_merging, needs='fisher',
         ranges=dict(floor=_share, lam=_positive), grid=_MEAN,
         variant='floor relative to the mean Fisher of the parameter; absolute 1e-6 in the released code'),
     do_merging=Method(
@@ -271,7 +272,7 @@ METHODS |= dict(
         ranges=dict(lam=_positive), grid=_MEAN,
         variant='column norms and column directions averaged; no orthogonalisation of adapter factors'),
     widen=Method(
-        'WIDEN', 'calibrated', 'Yu et al. 2024, arXiv:2408.03092, §3', rule=widen, cost='T·d_out·d_in + T·d_in·log d_in',
+        'WIDEN', 'calibrated', 'Yu et al. 2024, arXiv:2408.03092', rule=widen, cost='T·d_out·d_in + T·d_in·log d_in',
         ranges=dict(t=_positive, s=_positive, lam=_positive), grid=_MEAN, variant='as the released code; ties share their mean rank'))
 
 # %% ../nbs/08_methods.ipynb #ccb1f163
@@ -309,7 +310,7 @@ def _generator(seed:int, k:str, t:int)->torch.Generator: # one stream per parame
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f'{seed}/{k}/{t}'.encode()).digest()[:7], 'big'))
 
 def _flip(x:Tensor|None, role:str): # `linear_t` weights as (d_out, d_in), and back
-    return x.mT if role == 'linear_t' and isinstance(x, Tensor) else x
+    return x.mT.contiguous() if role == 'linear_t' and isinstance(x, Tensor) else x
 
 # %% ../nbs/08_methods.ipynb #40d70055
 class Fusion:
@@ -330,6 +331,7 @@ class Fusion:
         self.params = check_params(self.method, params, self.name)
         if heads not in ('refuse', 'base', 'fuse'): raise ValueError(f"`heads` must be one of refuse, base, fuse, got {heads!r}")
         self.base, self.heads, self.seed, self.score = base, heads, seed, score
+        check_expert(base, base, 'base')
         self.roles = dict(roles) if roles else named_roles(base)
         self.states, self.taus, self.names, self.weights, self.norms, self.stats, self.scale = {}, [], [], [], [], [], 1.
         found = [k for k, r in self.roles.items() if r == 'head']
@@ -386,7 +388,11 @@ def _remove(self:Fusion,
 # %% ../nbs/08_methods.ipynb #bac20627
 def _fold(self:Fusion, tau, weight, stats, sign): # the part that `add` and `remove` share
     m, new, stats = self.method, {}, stats or {}
-    if m.needs in ('covariance', 'fisher') and m.needs not in stats: raise ValueError(f"{self.name!r} needs stats={{{m.needs!r}: …}} with each expert")
+    for kind, values in stats.items():
+        if kind not in ('covariance', 'fisher'): raise ValueError(f"unknown statistic {kind!r}; choose from covariance, fisher")
+        if alien := values.keys() - self.base.keys(): raise ValueError(f"{kind}: no parameter {sorted(alien)[0]!r} in the base")
+        if self.stats and values.keys() != self.stats[0].get(kind, {}).keys(): raise ValueError(f"{kind}: every expert needs the same parameters")
+    if m.needs in ('covariance', 'fisher') and not stats.get(m.needs): raise ValueError(f"{self.name!r} needs stats={{{m.needs!r}: …}} with each expert")
     if m.kind != 'sequential': self.taus.append(tau); self.stats.append(stats)
     for k, delta in tau.items() if m.kind == 'sequential' else ():
         if self._skip(k): continue
@@ -409,7 +415,7 @@ def _joint(self:Fusion, k, survey): # one parameter of a joint method
         state = {}
         for d, c in zip(deltas, self.weights): state = _call(m.fallback[0], state=state, delta=d, weight=c)
         return _flip(_call(m.fallback[1], state=state, **self.params), role)
-    measured = {f'{s}s': torch.stack([st[s][k] for st in self.stats]) for s in self.stats[0] if k in self.stats[0][s]}
+    measured = {f'{s}s': _flip(torch.stack([st[s][k] for st in self.stats]), role if s == 'fisher' else '') for s in self.stats[0] if k in self.stats[0][s]}
     return _flip(_call(m.rule, deltas=deltas, weights=w, survey=survey, **measured, **self._slots(k, 0)), role)
 
 def _deltas(self:Fusion)->dict: # merged deltas before the whole-model scale
@@ -442,11 +448,14 @@ def fold(
     **kw,                                   # of `Fusion`: roles, heads, seed, score, hyper-parameters
 )->Iterator[dict[str, Tensor]]:             # merged state dicts, after 1, 2, …, T experts
     "Merged models after each expert."
+    for fusion in _folding(base, experts, method, weights, stats, **kw): yield fusion.merged()
+
+def _folding(base, experts, method, weights=None, stats=None, **kw): # the fusion after each expert
     fusion = Fusion(base, method, **kw)
     for name, xs in [('weights', weights), ('stats', stats)]:
-        if xs is not None and len(xs) != len(experts): raise ValueError(f"`{name}` must have one entry per expert ({len(experts)}), got {len(xs)}")
-    for t, e in enumerate(experts):
-        yield fusion.add(e, weight=weights[t] if weights else 1., stats=stats[t] if stats else None).merged()
+        if xs is not None and len(xs) != len(experts):
+            raise ValueError(f"`{name}` must have one entry per expert ({len(experts)}), got {len(xs)}")
+    for t, e in enumerate(experts): yield fusion.add(e, weight=weights[t] if weights else 1., stats=stats[t] if stats else None)
 
 def fuse(
     base:Mapping[str, Tensor],              # state dict of the base
@@ -456,8 +465,8 @@ def fuse(
 )->dict[str, Tensor]:                       # merged state dict in the base's dtypes
     "The experts fused into one model."
     if not experts: raise ValueError("`experts` must hold at least one state dict, got none")
-    for merged in fold(base, experts, method, **kw): pass
-    return merged
+    *_, fusion = _folding(base, experts, method, **kw)
+    return fusion.merged()
 
 # %% ../nbs/08_methods.ipynb #58b66a27
 def _save(self:Fusion,

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Job', 'study_jobs', 'InProcess', 'check_parameters', 'heartbeat', 'run_notebook', 'run_jobs', 'read_records',
-           'records', 'run_study', 'findings', 'write_tables', 'to_markdown', 'publish']
+           'records', 'run_study', 'tune_jobs', 'choices', 'findings', 'write_tables', 'to_markdown', 'publish']
 
 # %% ../nbs/15_runner.ipynb #995a1499
 import contextlib
-import logging
+import json
 import os
 import re
 import shutil
@@ -17,18 +17,19 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+import pandas as pd
 import papermill
 from execnb.shell import CaptureShell
 from joblib.externals.loky import get_reusable_executor
 from nbformat import from_dict
 from papermill.engines import Engine, papermill_engines
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from .core import atomic_path
 from .methods import METHODS, get_method
-from .plots import summary_table
-from .study import (Record, Study, bench, chain, check_sources, expert, load_study, method_label, method_specs, probe_predictions, read_record,
-                                    record_path, run_key, task_order)
+from .plots import summary_numbers, summary_table
+from .study import (Record, Study, bench, chain, check_sources, choose, expert, load_study, method_label, method_specs, probe_predictions, read_record,
+                                    record_path, run_key, settings, task_order)
 
 # %% ../nbs/15_runner.ipynb #63a58498
 @dataclass(frozen=True)
@@ -209,35 +210,64 @@ def records(study:Study, methods:Sequence[str]=(), seed:int|None=None, order:int
     "What a study has brought so far."
     return read_records(study.runs, methods, seed, order)
 
-def _environment(workers:int)->None: # processes share the cores instead of fighting for them
-    os.environ |= dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
-
 # %% ../nbs/15_runner.ipynb #8082ee56
 def run_study(
     study:Study,               # the study
     console:Console|None=None, # where progress is shown; standard error by default
+    tune:bool=False,           # judge the settings of each method's grid on validation data instead of running the methods
 )->dict[str, Exception|None]:  # job → None, or what went wrong
     "Run everything that is not there yet; results are below `study.runs`."
-    console = console or Console(stderr=True)
-    jobs, workers = study_jobs(study), study.workers or os.cpu_count() or 1
-    logs = study.runs/'logs'
     check_sources(study)
+    console, workers, logs = console or Console(stderr=True), study.workers or os.cpu_count() or 1, study.runs/'logs'
+    jobs = tune_jobs(study) if tune else study_jobs(study)
     logs.mkdir(parents=True, exist_ok=True)
     for p in logs.glob('*.progress'): p.unlink()
-    _environment(workers)
+    os.environ |= dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false') # share the cores
     pool = get_reusable_executor(max_workers=workers, timeout=600)
-    columns = TextColumn('{task.description}'), BarColumn(), TextColumn('{task.percentage:3.0f} %'), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
+    columns = BarColumn(30), TextColumn('{task.percentage:3.0f} %'), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console, transient=False, speed_estimate_period=120) as bar:
+        with Progress(*columns, TextColumn('{task.description}'), console=console, speed_estimate_period=120) as bar:
             task = bar.add_task(study.name, total=sum(j.weight for j in jobs))
-            show = lambda done, running: bar.update(task, completed=done, description=f"{study.name}: {' + '.join(running) or 'done'}"[:60])
+            show = lambda done, running: bar.update(task, completed=done, description=f"{study.name}: {' + '.join(running) or 'done'}")
             ended = run_jobs(jobs, pool.submit, logs, workers, show)
     except KeyboardInterrupt:
         pool.shutdown(wait=False, kill_workers=True)
-        console.print(f'\nstopped; everything finished is kept: the same command goes on from here (logs in {os.path.relpath(logs, study.root)})')
+        console.print('\nstopped; everything finished is kept: the same command goes on from here')
         raise
-    pool.shutdown(wait=False)
+    pool.shutdown(wait=True)
     return ended
+
+# %% ../nbs/15_runner.ipynb #686a3aaa
+def _choices_path(study:Study, method:str, seed:int, order:int)->Path: return study.runs/'choices'/f'{method}-seed{seed}-order{order}.json'
+
+def _tune(study:Study, method:str, seed:int, order:int, tell:Callable)->None: # writes every setting with its validation accuracy
+    path, key = _choices_path(study, method, seed, order), run_key(study, f'tune {method}', dict(grid=settings(method)), seed, order)
+    if path.exists() and json.loads(path.read_text())['key'] == key: return
+    tried = choose(study, method, seed, order, tell)
+    with atomic_path(path) as p: p.write_text(json.dumps(dict(method=method, seed=seed, order=order, tried=tried, key=key), indent=1) + '\n')
+
+def tune_jobs(study:Study)->list[Job]: # experts, then one job for each method that has a grid
+    "What it takes to choose hyper-parameters on validation data."
+    keep, jobs = (_base, _expert), study_jobs(study)
+    jobs = [j for j in jobs if j.run in keep]
+    for s in study.seeds:
+        for o in study.orders:
+            after = tuple(f'expert {n} · seed {s}' for n in study.tasks)
+            jobs += [Job(f'settings of {m} · seed {s} · order {o}', _tune, (study, m, s, o), after, len(settings(m)) * study.val_size * len(study.tasks) / 1000)
+                     for m in dict.fromkeys(m for m, _ in method_specs(study)) if settings(m)]
+    return jobs
+
+def choices(
+    study:Study, # the study
+)->pd.DataFrame: # one row per method: best setting, its validation accuracy, that of the worst, number tried
+    "What `tune` found so far."
+    rows = []
+    for p in sorted((study.runs/'choices').glob('*.json')):
+        c = json.loads(p.read_text())
+        best, worst = c['tried'][0], c['tried'][-1]
+        rows.append(dict(method=c['method'], seed=c['seed'], order=c['order'], best=', '.join(f'{k}={v}' for k, v in best['params'].items()),
+                         accuracy=100 * best['accuracy'], worst=100 * worst['accuracy'], tried=len(c['tried'])))
+    return pd.DataFrame(rows, columns=['method', 'seed', 'order', 'best', 'accuracy', 'worst', 'tried']).set_index('method')
 
 # %% ../nbs/15_runner.ipynb #67f5fe23
 def findings(
@@ -262,8 +292,7 @@ def write_tables(
     out:str|os.PathLike,       # folder
 )->None:
     "The summary as CSV and Markdown."
-    table = summary_table(records)
-    for suffix, text in [('.csv', table.to_csv()), ('.md', to_markdown(table))]:
+    for suffix, text in [('.csv', summary_numbers(records).to_csv()), ('.md', to_markdown(summary_table(records)))]:
         with atomic_path(Path(out)/f'summary{suffix}') as p: p.write_text(text)
 
 def to_markdown(table)->str: # a GitHub table
@@ -282,7 +311,7 @@ def publish(
     if to.exists(): shutil.rmtree(to)
     for p in sorted(study.runs.glob('*/seed*-order*/record.json')):
         for f in (p, *p.parent.glob('*.svg')): _copy(f, to/f.relative_to(study.runs))
-    for f in (*study.runs.glob('figures/*.*'),): _copy(f, to/f.name)
+    for f in (*study.runs.glob('figures/*.*'), *study.runs.glob('choices/*.json')): _copy(f, to/f.relative_to(study.runs/'figures') if f.parent.name == 'figures' else to/f.relative_to(study.runs))
     return to
 
 def _copy(a:Path, b:Path)->None:
