@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 # %% ../nbs/17_cli.ipynb #66e16c44
-app = typer.Typer(help="Fuse fine-tuned models without forgetting.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(help="Fuse fine-tuned models without forgetting.", no_args_is_help=True,
+                  add_completion=False, pretty_exceptions_enable=False)
 
 def _split(text:str|None)->tuple[str, ...]: # a comma-separated list; commas inside parentheses do not split
     import re
@@ -40,7 +41,8 @@ def study(
 ):
     "Train the experts of a study, fold every method, draw the figures. What is there already is not done again."
     from direction_fusion.study import load_study
-    given = dict(methods=_split(methods) or None, seeds=_numbers('seeds', seeds), orders=_numbers('orders', orders), workers=workers)
+    given = dict(methods=_split(methods) or None, seeds=_numbers('seeds', seeds),
+                 orders=_numbers('orders', orders), workers=workers)
     s = load_study(name, **{k: v for k, v in given.items() if v is not None})
     from direction_fusion.plots import summary_table
     from direction_fusion.runner import records, run_study
@@ -53,7 +55,8 @@ def study(
 def _report(failed:dict, folder:Path)->None: # names what failed, and ends with exit code 1
     if not failed: return
     why = lambda e: str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
-    print(f'{len(failed)} jobs failed (logs in {os.path.relpath(folder)}/logs):', *[f'  {n}: {why(e)}' for n, e in failed.items()], sep='\n')
+    print(f'{len(failed)} jobs failed (logs in {os.path.relpath(folder)}/logs):',
+          *[f'  {n}: {why(e)}' for n, e in failed.items()], sep='\n')
     raise typer.Exit(1)
 
 def _numbers(what:str, text:str|None)->tuple[int, ...]|None: # '0,1' → (0, 1)
@@ -101,7 +104,8 @@ def publish(name:Annotated[str, typer.Argument(help='section of settings.ini')])
 # %% ../nbs/17_cli.ipynb #cb22fb4a
 def main()->None:
     "The `direction-fusion` command."
-    os.environ |= {k: v for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false').items() if k not in os.environ}
+    os.environ |= {k: v for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false').items()
+                   if k not in os.environ}
     try: app(standalone_mode=True)
     except KeyboardInterrupt: sys.exit(130)
     except (ValueError, OSError) as e:

@@ -43,7 +43,8 @@ def check_expert(
         e = expert[k]
         if e.shape != b.shape: raise ValueError(f"{name}, {k!r}: expected shape {tuple(b.shape)}, got {tuple(e.shape)}")
         if is_fusable(b) != is_fusable(e): raise ValueError(f"{name}, {k!r}: expected dtype like {b.dtype}, got {e.dtype}")
-        if is_fusable(e) and not torch.isfinite(e).all(): raise ValueError(f"{name}, {k!r}: expected finite numbers, got NaN or infinity")
+        if is_fusable(e) and not torch.isfinite(e).all():
+            raise ValueError(f"{name}, {k!r}: expected finite numbers, got NaN or infinity")
 
 # %% ../nbs/00_core.ipynb #da8e4723
 class TaskVector(dict):
@@ -107,7 +108,8 @@ def module_roles(
     for k, x in model.state_dict().items():
         m, leaf = model.get_submodule(k.rpartition('.')[0]), k.rpartition('.')[2]
         cls = type(m).__name__
-        kind = 'linear_t' if cls == 'Conv1D' else 'norm' if 'Norm' in cls else next((r for t, r in kinds.items() if isinstance(m, t)), None)
+        kind = ('linear_t' if cls == 'Conv1D' else 'norm' if 'Norm' in cls
+                else next((r for t, r in kinds.items() if isinstance(m, t)), None))
         role = _leaf_role(k, x)
         out[k] = role or (kind if kind and (leaf == 'weight' or kind == 'norm') else 'other')
     return out
@@ -124,7 +126,8 @@ def named_roles(
         low = k.lower()
         if r := _leaf_role(k, x): return r
         if 'norm' in low or '.ln' in low or low.startswith('ln'): return 'norm'
-        if any(e in low for e in _EMBED) or 'embed' in low and x.ndim == 2 and low.endswith('embeddings.weight'): return 'embedding'
+        if any(e in low for e in _EMBED) or 'embed' in low and x.ndim == 2 and low.endswith('embeddings.weight'):
+            return 'embedding'
         if x.ndim >= 3: return 'conv'
         if any(low.endswith(g) for g in _GPT2): return 'linear_t'
         return 'linear' if x.ndim == 2 and low.endswith('weight') else 'other'

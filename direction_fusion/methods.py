@@ -24,17 +24,18 @@ from .core import (TaskVector, apply_tau, atomic_path, check_expert, fingerprint
                                    task_vector)
 from .dora import MAGNITUDES, align_add, align_merged, align_remove, polar_add, polar_merged
 from .orthogonal import (GRAINS, LOWDIN_GRAINS, SIDES, gram_survey, lowdin, lowdin_survey, norm_rescale, opcm_add,
-                                         opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, scaled_merged, subspace_add)
-from .soup import (ON, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, soup_add, soup_merged, soup_remove,
-                                   sum_add, sum_merged, sum_remove)
-from .sparse import (COMBINE, RESCALE, SCOPES, WEIGH, breadcrumbs, dare, della, magmax_add, magmax_merged, sce, ties,
-                                     ties_survey)
+                                         opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, scaled_merged,
+                                         subspace_add)
+from .soup import (ON, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, soup_add, soup_merged,
+                                   soup_remove, sum_add, sum_merged, sum_remove)
+from .sparse import (COMBINE, RESCALE, SCOPES, WEIGH, breadcrumbs, dare, della, magmax_add, magmax_merged, sce,
+                                     ties, ties_survey)
 from .spectral import (delta_sum, dop_add, iso_c, iso_cts, knots, nufilt_add, orthomerge, spectral_merged, tsv_m,
                                        with_svc, wudi)
 
 # %% ../nbs/08_methods.ipynb #e1548952
-SLOTS = ('state', 'delta', 'deltas', 'taus', 'base', 'role', 'weight', 'weights', 'scale', 'generator', 'score', 'survey', 'params',
-         'covariance', 'covariances', 'fisher', 'fishers', 'sign')
+SLOTS = ('state', 'delta', 'deltas', 'taus', 'base', 'role', 'weight', 'weights', 'scale', 'generator', 'score', 'survey',
+         'params', 'covariance', 'covariances', 'fisher', 'fishers', 'sign')
 
 def mean_merged(state:dict)->Tensor: # (*shape)
     "The plain mean of the deltas: what parameters that are no linear maps take, unless the entry says otherwise."
@@ -98,7 +99,8 @@ def check_params(
         if r is None: continue
         if isinstance(r[0], str):
             if v not in r: raise ValueError(f"`{n}` of {name} must be one of {', '.join(r)}, got {v!r}")
-        elif isinstance(v, bool) or not isinstance(v, int | float): raise ValueError(f"`{n}` of {name} must be a number, got {v!r}")
+        elif isinstance(v, bool) or not isinstance(v, int | float):
+            raise ValueError(f"`{n}` of {name} must be a number, got {v!r}")
         elif not r[0] <= v <= r[1]: raise ValueError(f"`{n}` of {name} must be in [{r[0]}, {r[1]}], got {v}")
     return known | dict(params)
 
@@ -130,7 +132,8 @@ METHODS |= dict(
         most=2, variant='whole weights (on=weight), as mergekit; mergekit walks straight above cosine 0.9995'),
     nuslerp=Method(
         'NuSLERP', 'soup', 'mergekit 0.1.5\'s nuslerp', rule=nuslerp, cost='T²·d_out·d_in', most=2,
-        ranges=dict(on=ON, grain=GRAINS, lam=_positive), grid=_MEAN, variant='deltas, as mergekit with a base; on=weight as without'),
+        ranges=dict(on=ON, grain=GRAINS, lam=_positive), grid=_MEAN,
+        variant='deltas, as mergekit with a base; on=weight as without'),
     multislerp=Method(
         'Multi-SLERP', 'soup', 'mergekit 0.1.5\'s multislerp', rule=multislerp, cost='T²·d_out·d_in',
         ranges=dict(on=ON, grain=GRAINS, lam=_positive), grid=_MEAN,
@@ -142,13 +145,15 @@ METHODS |= dict(
     model_stock=Method(
         'Model Stock', 'soup', 'Jang et al. 2024, arXiv:2403.19522', rule=model_stock, cost='T²·d_out·d_in',
         ranges=dict(grain=GRAINS, lam=_positive), grid=dict(lam=[.5, 1., 1.5, 2., 3., 4., 6., 8., 12.]),
-        variant='mean pairwise cosine; the base where it is not positive (mergekit extrapolates); grain=row as mergekit\'s filter_wise'))
+        variant='mean pairwise cosine; the base where it is not positive (mergekit extrapolates); '
+                'grain=row as mergekit\'s filter_wise'))
 
 # %% ../nbs/08_methods.ipynb #e200622e
 METHODS |= dict(
     orthogonal_deltas=Method(
         'Orthogonal deltas', 'orthogonal', 'Gram–Schmidt on deltas; this project', add=orthogonal_add, merged=scaled_merged,
-        order_free=False, ranges=dict(grain=GRAINS, beta=_share, lam=_any), grid=_SUM, variant='split against what was kept so far'),
+        order_free=False, ranges=dict(grain=GRAINS, beta=_share, lam=_any), grid=_SUM,
+        variant='split against what was kept so far'),
     orthogonal_model=Method(
         'Orthogonal model', 'orthogonal', 'Gram–Schmidt on whole task vectors; this project', rule=orthogonal_model,
         survey=gram_survey, order_free=False, cost='T²·d_out·d_in', ranges=dict(beta=_share, lam=_any), grid=_SUM,
@@ -186,7 +191,8 @@ METHODS |= dict(
     ties=Method(
         'TIES', 'sparse', 'Yadav et al. 2023, arXiv:2306.01708, algorithm 1', rule=ties, survey=ties_survey, cost='T·d_out·d_in',
         ranges=dict(density=_share, lam=_any, scope=SCOPES, weigh=WEIGH), grid=_MEAN,
-        variant='threshold over the whole task vector; scope=tensor as mergekit and PEFT; weigh=before as mergekit, after as PEFT'),
+        variant='threshold over the whole task vector; scope=tensor as mergekit and PEFT; '
+                'weigh=before as mergekit, after as PEFT'),
     dare=Method(
         'DARE', 'sparse', 'Yu et al. 2023, arXiv:2311.03099, §3.1', rule=dare, random=True, order_free=False, cost='T·d_out·d_in',
         ranges=dict(p=(0, .999), rescale=RESCALE, combine=COMBINE, lam=_any), grid=_SUM,
@@ -195,7 +201,8 @@ METHODS |= dict(
         'DELLA', 'sparse', 'Deep et al. 2024, arXiv:2406.11617', rule=della, random=True, order_free=False,
         cost='T·d_out·d_in·log d_in', ranges=dict(p=(0, .999), epsilon=_share, grain=GRAINS, rescale=RESCALE, combine=COMBINE,
         lam=_any), grid=_MEAN,
-        variant='ε is the full width, mergekit\'s epsilon half of it; rescale=l1 as mergekit. The order decides which mask each draws'),
+        variant='ε is the full width, mergekit\'s epsilon half of it; rescale=l1 as mergekit. '
+                'The order decides which mask each draws'),
     breadcrumbs=Method(
         'Model Breadcrumbs', 'sparse', 'Davari and Belilovsky 2023, arXiv:2312.06795', rule=breadcrumbs, cost='T·d_out·d_in',
         ranges=dict(density=_share, gamma=_share, combine=COMBINE, lam=_any), grid=_SUM,
@@ -206,8 +213,9 @@ METHODS |= dict(
         grid=dict(lam=[.2, .3, .4, .5, .6, .7, .85, 1., 1.25]),
         variant='experts from a common base; the order matters only where magnitudes are equal (the later wins)'),
     sce=Method(
-        'SCE', 'sparse', 'Wan et al. 2024, arXiv:2408.07990', rule=sce, cost='T·d_out·d_in', ranges=dict(density=_share, lam=_any),
-        grid=_MEAN, variant='divided by the weights that remain, as mergekit; energies relative at any scale'))
+        'SCE', 'sparse', 'Wan et al. 2024, arXiv:2408.07990', rule=sce, cost='T·d_out·d_in',
+        ranges=dict(density=_share, lam=_any), grid=_MEAN,
+        variant='divided by the weights that remain, as mergekit; energies relative at any scale'))
 
 # %% ../nbs/08_methods.ipynb #dc99f727
 METHODS |= dict(
@@ -229,8 +237,9 @@ METHODS |= dict(
         variant='TIES on UᵀΔ_t, trimmed per matrix; the authors trim all matrices together'),
     wudi=Method(
         'WUDI', 'spectral', 'Cheng et al. 2025, arXiv:2503.08099', rule=wudi, linear_only=True, cost='(T + steps)·d_out·d_in²',
-        ranges=dict(steps=(0, 100_000), lr=_positive, lam=_any), grid=dict(lr=[3e-6, 1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3]),
-        published=dict(steps=300, lr=1e-5), variant='the published optimiser; its minimum in closed form is dora with p=1, rho=0'))
+        ranges=dict(steps=(0, 100_000), lr=_positive, lam=_any),
+        grid=dict(lr=[3e-6, 1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3]), published=dict(steps=300, lr=1e-5),
+        variant='the published optimiser; its minimum in closed form is dora with p=1, rho=0'))
 
 # %% ../nbs/08_methods.ipynb #3ec3ade3
 METHODS |= dict(
@@ -239,8 +248,9 @@ METHODS |= dict(
         ranges=dict(lam=_any), grid=_SUM, published=dict(lam=.2),
         variant='rests by task arithmetic; conflict=True rotates towards conflicting rows only'),
     task_arithmetic_svc=Method(
-        'Task arithmetic + SVC', 'spectral', 'Li et al. 2026, arXiv:2602.05536, eqs. 4–8', rule=with_svc(delta_sum), linear_only=True,
-        cost='T·d_out·d_in·min', ranges=dict(lam=_positive, svc_alpha=_positive), grid=_SUM, published=dict(lam=.3, svc_alpha=.1)),
+        'Task arithmetic + SVC', 'spectral', 'Li et al. 2026, arXiv:2602.05536, eqs. 4–8', rule=with_svc(delta_sum),
+        linear_only=True, cost='T·d_out·d_in·min', ranges=dict(lam=_positive, svc_alpha=_positive), grid=_SUM,
+        published=dict(lam=.3, svc_alpha=.1)),
     tsv_m_svc=Method(
         'TSV-M + SVC', 'spectral', 'arXiv:2412.00081, algorithm 1; arXiv:2602.05536, eqs. 4–8', rule=with_svc(tsv_m),
         linear_only=True, cost='T·d_out·d_in·min', ranges=dict(lam=_positive, svc_alpha=_positive), grid=_MEAN,
@@ -252,8 +262,8 @@ METHODS |= dict(
         published=dict(alpha=.8, epsilon=.99999),
         variant='minimiser for a fixed α; published: 200 Adam steps with MGDA weights; weighs by S as the code'),
     nufilt=Method(
-        'NUFILT', 'spectral', 'Qiu et al. 2025, arXiv:2509.21413, stage 1', add=nufilt_add, merged=spectral_merged, linear_only=True,
-        order_free=False, cost='T·d_out·d_in·min', ranges=dict(rank=_positive, lam=_any),
+        'NUFILT', 'spectral', 'Qiu et al. 2025, arXiv:2509.21413, stage 1', add=nufilt_add, merged=spectral_merged,
+        linear_only=True, order_free=False, cost='T·d_out·d_in·min', ranges=dict(rank=_positive, lam=_any),
         grid=dict(rank=[32, 64, 128], lam=[.3, .5, 1.]), published=dict(rank=128), variant='first stage only'))
 
 # %% ../nbs/08_methods.ipynb #92353cc3
@@ -268,12 +278,13 @@ METHODS |= dict(
         ranges=dict(floor=_share, lam=_positive), grid=_MEAN,
         variant='floor relative to the mean Fisher of the parameter; absolute 1e-6 in the released code'),
     do_merging=Method(
-        'DO-Merging', 'calibrated', 'Zheng et al. 2025, arXiv:2505.15875; the decoupling alone', rule=do_merging, linear_only=True,
-        ranges=dict(lam=_positive), grid=_MEAN,
+        'DO-Merging', 'calibrated', 'Zheng et al. 2025, arXiv:2505.15875; the decoupling alone', rule=do_merging,
+        linear_only=True, ranges=dict(lam=_positive), grid=_MEAN,
         variant='column norms and column directions averaged; no orthogonalisation of adapter factors'),
     widen=Method(
         'WIDEN', 'calibrated', 'Yu et al. 2024, arXiv:2408.03092', rule=widen, cost='T·d_out·d_in + T·d_in·log d_in',
-        ranges=dict(t=_positive, s=_positive, lam=_positive), grid=_MEAN, variant='as the released code; ties share their mean rank'))
+        ranges=dict(t=_positive, s=_positive, lam=_positive), grid=_MEAN,
+        variant='as the released code; ties share their mean rank'))
 
 # %% ../nbs/08_methods.ipynb #ccb1f163
 def get_method(
@@ -282,7 +293,8 @@ def get_method(
     "The entry of a method, or `ValueError` with the choices."
     if name in METHODS: return METHODS[name]
     near = difflib.get_close_matches(name, METHODS, 1)
-    raise ValueError(f"unknown method {name!r}; " + (f"did you mean {near[0]!r}? " if near else '') + f"choose from {', '.join(METHODS)}")
+    raise ValueError(f"unknown method {name!r}; " + (f"did you mean {near[0]!r}? " if near else '')
+                     + f"choose from {', '.join(METHODS)}")
 
 # %% ../nbs/08_methods.ipynb #d6425626
 def register(
@@ -294,7 +306,8 @@ def register(
     name = name or rule.__name__
     if name in METHODS: raise ValueError(f"method {name!r} exists already; pass another `name`")
     if isinstance(rule, Method): METHODS[name] = rule; return rule
-    if 'deltas' not in inspect.signature(rule).parameters: raise ValueError(f"a joint rule takes `deltas`, {name!r} takes {list(inspect.signature(rule).parameters)}")
+    if 'deltas' not in inspect.signature(rule).parameters:
+        raise ValueError(f"a joint rule takes `deltas`, {name!r} takes {list(inspect.signature(rule).parameters)}")
     METHODS[name] = Method(**dict(title=name.replace('_', ' ').capitalize(), family='user', cite='user') | entry, rule=rule)
     return rule
 
@@ -327,7 +340,8 @@ class Fusion:
         self.name = method if isinstance(method, str) else method.title
         self.method = get_method(method) if isinstance(method, str) else method
         if self.method.kind == 'training': raise ValueError(f"{self.name!r} trains, it does not fuse: run it in a study")
-        if self.method.needs == 'validation' and score is None: raise ValueError(f"{self.name!r} needs `score`, a function of a task vector")
+        if self.method.needs == 'validation' and score is None:
+            raise ValueError(f"{self.name!r} needs `score`, a function of a task vector")
         self.params = check_params(self.method, params, self.name)
         if heads not in ('refuse', 'base', 'fuse'): raise ValueError(f"`heads` must be one of refuse, base, fuse, got {heads!r}")
         self.base, self.heads, self.seed, self.score = base, heads, seed, score
@@ -347,7 +361,8 @@ class Fusion:
 
     def _slots(self, k, t): # what a rule may ask for
         b = _flip(self.base[k], self.roles[k])
-        return dict(base=b.to(torch.promote_types(b.dtype, torch.float32)), role=self.roles[k], generator=_generator(self.seed, k, t)) | self.params
+        return dict(base=b.to(torch.promote_types(b.dtype, torch.float32)), role=self.roles[k],
+                    generator=_generator(self.seed, k, t)) | self.params
 
 # %% ../nbs/08_methods.ipynb #e44e9aed
 def _step(self, k, f, state, delta, **slots): # one parameter's `add` or `remove`
@@ -376,7 +391,9 @@ def _remove(self:Fusion,
     stats:Mapping|None=None,      # the statistics that it was added with
 )->Fusion:                        # itself
     "Take one expert out again, for methods whose state is a sum."
-    if not self.method.remove: raise ValueError(f"{self.name!r} cannot take an expert out; methods that can: {', '.join(n for n, m in METHODS.items() if m.remove)}")
+    if not self.method.remove:
+        raise ValueError(f"{self.name!r} cannot take an expert out; methods that can: "
+                         f"{', '.join(n for n, m in METHODS.items() if m.remove)}")
     name = name or (self.names[-1] if self.names else 'expert')
     if name not in self.names: raise ValueError(f"{name!r} is not in this fusion; experts: {', '.join(self.names) or 'none'}")
     i = self.names.index(name)
@@ -391,8 +408,10 @@ def _fold(self:Fusion, tau, weight, stats, sign): # the part that `add` and `rem
     for kind, values in stats.items():
         if kind not in ('covariance', 'fisher'): raise ValueError(f"unknown statistic {kind!r}; choose from covariance, fisher")
         if alien := values.keys() - self.base.keys(): raise ValueError(f"{kind}: no parameter {sorted(alien)[0]!r} in the base")
-        if self.stats and values.keys() != self.stats[0].get(kind, {}).keys(): raise ValueError(f"{kind}: every expert needs the same parameters")
-    if m.needs in ('covariance', 'fisher') and not stats.get(m.needs): raise ValueError(f"{self.name!r} needs stats={{{m.needs!r}: …}} with each expert")
+        if self.stats and values.keys() != self.stats[0].get(kind, {}).keys():
+            raise ValueError(f"{kind}: every expert needs the same parameters")
+    if m.needs in ('covariance', 'fisher') and not stats.get(m.needs):
+        raise ValueError(f"{self.name!r} needs stats={{{m.needs!r}: …}} with each expert")
     if m.kind != 'sequential': self.taus.append(tau); self.stats.append(stats)
     for k, delta in tau.items() if m.kind == 'sequential' else ():
         if self._skip(k): continue
@@ -415,12 +434,15 @@ def _joint(self:Fusion, k, survey): # one parameter of a joint method
         state = {}
         for d, c in zip(deltas, self.weights): state = _call(m.fallback[0], state=state, delta=d, weight=c)
         return _flip(_call(m.fallback[1], state=state, **self.params), role)
-    measured = {f'{s}s': _flip(torch.stack([st[s][k] for st in self.stats]), role if s == 'fisher' else '') for s in self.stats[0] if k in self.stats[0][s]}
+    measured = {f'{s}s': _flip(torch.stack([st[s][k] for st in self.stats]), role if s == 'fisher' else '')
+                for s in self.stats[0] if k in self.stats[0][s]}
     return _flip(_call(m.rule, deltas=deltas, weights=w, survey=survey, **measured, **self._slots(k, 0)), role)
 
 def _deltas(self:Fusion)->dict: # merged deltas before the whole-model scale
     m, ks = self.method, [k for k in self.base if not self._skip(k)]
-    if m.kind == 'whole': return dict(_call(m.whole, taus=[TaskVector({k: tau[k] for k in ks}) for tau in self.taus], score=self.score, **self.params))
+    if m.kind == 'whole':
+        taus = [TaskVector({k: tau[k] for k in ks}) for tau in self.taus]
+        return dict(_call(m.whole, taus=taus, score=self.score, **self.params))
     if m.kind == 'joint':
         params = lambda: ((k, torch.stack([tau[k] for tau in self.taus])) for k in ks)
         survey = _call(m.survey, params=params, **self.params) if m.survey else None
@@ -473,7 +495,8 @@ def _save(self:Fusion,
     path, # file to write, .safetensors
 )->None:
     "Write the state of a sequential method; the file appears only when it is whole."
-    if self.method.kind != 'sequential': raise ValueError(f"{self.name!r} is {self.method.kind}: it has no state of constant size; keep the experts")
+    if self.method.kind != 'sequential':
+        raise ValueError(f"{self.name!r} is {self.method.kind}: it has no state of constant size; keep the experts")
     tensors = {f'{k}|{s}': v.contiguous() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
                for k, st in self.states.items() for s, v in st.items()}
     about = dict(method=self.name, params=self.params, names=self.names, weights=self.weights, norms=self.norms, scale=self.scale,
@@ -488,7 +511,8 @@ def load_fusion(
 )->Fusion:                     # ready for the next `add`
     "Take a saved fusion up again."
     with safe_open(path, 'pt') as f:
-        if 'direction_fusion' not in (f.metadata() or {}): raise ValueError(f"{path} holds no fusion state; pass a file written by `Fusion.save`")
+        if 'direction_fusion' not in (f.metadata() or {}):
+            raise ValueError(f"{path} holds no fusion state; pass a file written by `Fusion.save`")
         about, tensors = json.loads(f.metadata()['direction_fusion']), {k: f.get_tensor(k) for k in f.keys()}
     if (got := fingerprint(base)) != about['base']: raise ValueError(f"{path} was made with base {about['base']}, got base {got}")
     fusion = Fusion(base, about['method'], about['roles'], about['heads'], about['seed'], **about['params'])
@@ -504,6 +528,7 @@ def methods_table()->pd.DataFrame: # one row per method
     rows = []
     for n, m in METHODS.items():
         ps = ', '.join(f'{k}={v!r}' for k, v in hyperparameters(m).items())
-        rows.append(dict(method=n, title=m.title, family=m.family, kind=m.kind, needs=m.needs or 'weights', random='yes' if m.random else 'no',
-                         order='free' if m.order_free else 'matters', removable='yes' if m.remove else 'no', cost=m.cost, defaults=ps, source=m.cite))
+        rows.append(dict(method=n, title=m.title, family=m.family, kind=m.kind, needs=m.needs or 'weights',
+                         random='yes' if m.random else 'no', order='free' if m.order_free else 'matters',
+                         removable='yes' if m.remove else 'no', cost=m.cost, defaults=ps, source=m.cite))
     return pd.DataFrame(rows).set_index('method')

@@ -290,8 +290,8 @@ def _bounds(ax:Axes, records:Sequence)->None: # experts above, linear probe belo
     for level, name, ls, side in zip(_levels(records, len(records[0].R)), ('experts', 'probe'), ('--', ':'), ('left', 'right')):
         if np.isnan(level[-1]): continue
         ax.axvline(level[-1], color='#888888', lw=1, ls=ls, zorder=0)
-        ax.annotate(name, (level[-1], 1), xycoords=ax.get_xaxis_transform(), xytext=(2 if side == 'left' else -2, 2), textcoords='offset points',
-                    ha=side, va='bottom', fontsize=_FONT - 1, color='#666666', annotation_clip=False)
+        ax.annotate(name, (level[-1], 1), xycoords=ax.get_xaxis_transform(), xytext=(2 if side == 'left' else -2, 2),
+                    textcoords='offset points', ha=side, va='bottom', fontsize=_FONT - 1, color='#666666', annotation_clip=False)
 
 # %% ../nbs/13_plots.ipynb #5904a2c7
 def plot_interference(

@@ -28,8 +28,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .core import atomic_path
 from .methods import METHODS, get_method
 from .plots import summary_numbers, summary_table
-from .study import (Record, Study, bench, chain, check_sources, choose, expert, load_study, method_label, method_specs, probe_predictions, read_record,
-                                    record_path, run_key, settings, task_order)
+from .study import (Record, Study, bench, chain, check_sources, choose, expert, load_study, method_label,
+                                    method_specs, probe_predictions, read_record, record_path, run_key, settings, task_order)
 
 # %% ../nbs/15_runner.ipynb #63a58498
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Job:
     after:tuple=()       # names of the jobs that must have ended well
     weight:float=1.      # share of the work
 
+# %% ../nbs/15_runner.ipynb #ff9a6d45
 def study_jobs(
     study:Study, # the study
 )->list[Job]:    # in an order that respects what waits for what
@@ -49,17 +50,21 @@ def study_jobs(
     train, test = 3 * study.train_size * study.epochs / 1000, study.test_size / 1000
     base = ('base',) if study.model == 'tiny-vit' else ()  # a base that is made here comes before all
     jobs = [Job(n, _base, (study,), (), T * train) for n in base]
-    probes = [Job(f'probe {n}', _probe, (study, n), base, (study.train_size + study.val_size + study.test_size) / 1000) for n in study.tasks]
+    probes = [Job(f'probe {n}', _probe, (study, n), base, (study.train_size + study.val_size + study.test_size) / 1000)
+              for n in study.tasks]
     for s in study.seeds:
         names = [f'expert {n} · seed {s}' for n in study.tasks]
         first = {o: task_order(study, o)[0] for o in study.orders}
         jobs += [Job(name, _expert, (study, n, s), base, train) for name, n in zip(names, study.tasks)]
         for o in study.orders:
             if any(get_method(m).kind == 'training' for m, _ in specs):
-                jobs.append(Job(f'chain · seed {s} · order {o}', _chain, (study, s, o), (f'expert {first[o]} · seed {s}',), (T - 1) * train))
+                jobs.append(Job(f'chain · seed {s} · order {o}', _chain, (study, s, o),
+                                (f'expert {first[o]} · seed {s}',), (T - 1) * train))
             for m, p in specs:
-                after = (*names, *[p.name for p in probes], *[f'chain · seed {s} · order {o}'] * (get_method(m).kind == 'training'))
-                jobs.append(Job(f'{method_label(m, p)} · seed {s} · order {o}', _method, (study, m, p, s, o), after, test * T * (T + 1) / 2))
+                after = (*names, *[p.name for p in probes],
+                         *[f'chain · seed {s} · order {o}'] * (get_method(m).kind == 'training'))
+                jobs.append(Job(f'{method_label(m, p)} · seed {s} · order {o}', _method, (study, m, p, s, o),
+                                after, test * T * (T + 1) / 2))
     jobs += probes
     methods = tuple(j.name for j in jobs if j.run is _method)
     jobs += [Job(n, _notebook, (study, n), methods, .1 * T * test) for n in ('compare', 'interference')]
@@ -75,14 +80,17 @@ def _probe(study:Study, task:str, tell:Callable)->None: probe_predictions(study,
 def _expert(study:Study, task:str, seed:int, tell:Callable)->None: expert(study, task, seed, tell=tell)
 def _chain(study:Study, seed:int, order:int, tell:Callable)->None: chain(study, seed, order, tell)
 
-def _method(study:Study, method:str, params:Mapping, seed:int, order:int, tell:Callable)->None: # executes nbs/analysis/method.ipynb
+def _method( # executes nbs/analysis/method.ipynb
+    study:Study, method:str, params:Mapping, seed:int, order:int, tell:Callable,
+)->None:
     out = record_path(study, method, params, seed, order)
     if (out/'record.json').is_file():
         try:
             if read_record(out/'record.json').key == run_key(study, method, params, seed, order): return
         except ValueError: pass # cut off or written by an older version: made anew
         (out/'record.json').unlink()
-    what = dict(study=study.name, method=method, params=dict(params), seed=seed, order=order, out=os.path.relpath(out, study.root))
+    what = dict(study=study.name, method=method, params=dict(params), seed=seed, order=order,
+                out=os.path.relpath(out, study.root))
     run_notebook(study.root, 'method', out/'method.ipynb', what, tell)
 
 def _notebook(study:Study, name:str, tell:Callable)->None: # executes nbs/analysis/NAME.ipynb
@@ -114,7 +122,8 @@ def check_parameters(
 )->None:
     "`ValueError` if the notebook has no such parameter."
     known = papermill.inspect_notebook(str(notebook))
-    if bad := params.keys() - known.keys(): raise ValueError(f"{Path(notebook).name} has no parameter {sorted(bad)[0]!r}; it takes {', '.join(known)}")
+    if bad := params.keys() - known.keys():
+        raise ValueError(f"{Path(notebook).name} has no parameter {sorted(bad)[0]!r}; it takes {', '.join(known)}")
 
 # %% ../nbs/15_runner.ipynb #ebd1ebdf
 def _output(o): # an output as nbformat wants it
@@ -143,7 +152,8 @@ def run_notebook(
     check_parameters(source, params)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     _TELL.append(tell)
-    try: papermill.execute_notebook(str(source), str(out), dict(params), engine_name='in-process', kernel_name='python3', progress_bar=False)
+    try: papermill.execute_notebook(str(source), str(out), dict(params),
+                                    engine_name='in-process', kernel_name='python3', progress_bar=False)
     finally: _TELL.pop()
 
 # %% ../nbs/15_runner.ipynb #6d70bd31
@@ -180,7 +190,8 @@ def run_jobs(
     ended, running, waiting = {}, {}, list(jobs)
     while waiting or running:
         for j in [j for j in waiting if any(ended.get(a) is not None for a in j.after)]:
-            waiting.remove(j); ended[j.name] = RuntimeError(f"skipped: {next(a for a in j.after if ended.get(a) is not None)} failed")
+            waiting.remove(j)
+            ended[j.name] = RuntimeError(f"skipped: {next(a for a in j.after if ended.get(a) is not None)} failed")
         for j in [j for j in waiting if all(a in ended for a in j.after)][:slots - len(running)]:
             waiting.remove(j); running[j.name] = j, submit(_worker, j, str(logs))
         for n, (j, f) in list(running.items()):
@@ -224,11 +235,13 @@ def run_study(
     for p in logs.glob('*.progress'): p.unlink()
     os.environ |= dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false') # share the cores
     pool = get_reusable_executor(max_workers=workers, timeout=600)
-    columns = BarColumn(30), TextColumn('{task.percentage:3.0f} %'), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()
+    columns = (BarColumn(30), TextColumn('{task.percentage:3.0f} %'), TimeElapsedColumn(),
+               TextColumn('left'), TimeRemainingColumn())
     try:
         with Progress(*columns, TextColumn('{task.description}'), console=console, speed_estimate_period=120) as bar:
             task = bar.add_task(study.name, total=sum(j.weight for j in jobs))
-            show = lambda done, running: bar.update(task, completed=done, description=f"{study.name}: {' + '.join(running) or 'done'}")
+            show = lambda done, running: bar.update(task, completed=done,
+                                                    description=f"{study.name}: {' + '.join(running) or 'done'}")
             ended = run_jobs(jobs, pool.submit, logs, workers, show)
     except KeyboardInterrupt:
         pool.shutdown(wait=False, kill_workers=True)
@@ -238,13 +251,16 @@ def run_study(
     return ended
 
 # %% ../nbs/15_runner.ipynb #686a3aaa
-def _choices_path(study:Study, method:str, seed:int, order:int)->Path: return study.runs/'choices'/f'{method}-seed{seed}-order{order}.json'
+def _choices_path(study:Study, method:str, seed:int, order:int)->Path:
+    return study.runs/'choices'/f'{method}-seed{seed}-order{order}.json'
 
 def _tune(study:Study, method:str, seed:int, order:int, tell:Callable)->None: # writes every setting with its validation accuracy
-    path, key = _choices_path(study, method, seed, order), run_key(study, f'tune {method}', dict(grid=settings(method)), seed, order)
+    path = _choices_path(study, method, seed, order)
+    key = run_key(study, f'tune {method}', dict(grid=settings(method)), seed, order)
     if path.exists() and json.loads(path.read_text())['key'] == key: return
     tried = choose(study, method, seed, order, tell)
-    with atomic_path(path) as p: p.write_text(json.dumps(dict(method=method, seed=seed, order=order, tried=tried, key=key), indent=1) + '\n')
+    with atomic_path(path) as p:
+        p.write_text(json.dumps(dict(method=method, seed=seed, order=order, tried=tried, key=key), indent=1) + '\n')
 
 def tune_jobs(study:Study)->list[Job]: # experts, then one job for each method that has a grid
     "What it takes to choose hyper-parameters on validation data."
@@ -253,7 +269,8 @@ def tune_jobs(study:Study)->list[Job]: # experts, then one job for each method t
     for s in study.seeds:
         for o in study.orders:
             after = tuple(f'expert {n} · seed {s}' for n in study.tasks)
-            jobs += [Job(f'settings of {m} · seed {s} · order {o}', _tune, (study, m, s, o), after, len(settings(m)) * study.val_size * len(study.tasks) / 1000)
+            jobs += [Job(f'settings of {m} · seed {s} · order {o}', _tune, (study, m, s, o), after,
+                         len(settings(m)) * study.val_size * len(study.tasks) / 1000)
                      for m in dict.fromkeys(m for m, _ in method_specs(study)) if settings(m)]
     return jobs
 
@@ -265,7 +282,8 @@ def choices(
     for p in sorted((study.runs/'choices').glob('*.json')):
         c = json.loads(p.read_text())
         best, worst = c['tried'][0], c['tried'][-1]
-        rows.append(dict(method=c['method'], seed=c['seed'], order=c['order'], best=', '.join(f'{k}={v}' for k, v in best['params'].items()),
+        rows.append(dict(method=c['method'], seed=c['seed'], order=c['order'],
+                         best=', '.join(f'{k}={v}' for k, v in best['params'].items()),
                          accuracy=100 * best['accuracy'], worst=100 * worst['accuracy'], tried=len(c['tried'])))
     return pd.DataFrame(rows, columns=['method', 'seed', 'order', 'best', 'accuracy', 'worst', 'tried']).set_index('method')
 
@@ -281,9 +299,11 @@ def findings(
     title = {n: rs[0].title for n, rs in by.items()}
     out = [f"Over {len(records[0].tasks)} tasks the experts reach {mean(records, lambda r: r.experts.mean()):.1f} % on average, "
            f"a linear probe on the base {mean(records, lambda r: r.probe.mean()):.1f} %."]
-    if 'sequential' in by: out.append(f"Fine-tuning in sequence ends at {acc['sequential']:.1f} % and forgets {lost['sequential']:.1f} points.")
+    if 'sequential' in by:
+        out.append(f"Fine-tuning in sequence ends at {acc['sequential']:.1f} % and forgets {lost['sequential']:.1f} points.")
     fused = sorted((n for n in by if get_method(n.partition('(')[0]).kind != 'training'), key=lambda n: -acc[n])
-    out += [f"{title[n]} keeps {kept[n]:.1f} % of the experts' accuracy ({acc[n]:.1f} %, forgetting {lost[n]:.1f} points)." for n in fused]
+    out += [f"{title[n]} keeps {kept[n]:.1f} % of the experts' accuracy ({acc[n]:.1f} %, forgetting {lost[n]:.1f} points)."
+            for n in fused]
     return '\n'.join(f'- {x}' for x in out)
 
 # %% ../nbs/15_runner.ipynb #33f433c3
@@ -297,7 +317,9 @@ def write_tables(
 
 def to_markdown(table)->str: # a GitHub table
     "A data frame as Markdown."
-    rows = [[table.index.name or '', *map(str, table.columns)], *[[str(i), *[f'{x:.1f}' if isinstance(x, float) else str(x) for x in r]] for i, r in zip(table.index, table.values)]]
+    rows = [[table.index.name or '', *map(str, table.columns)],
+            *[[str(i), *[f'{x:.1f}' if isinstance(x, float) else str(x) for x in r]]
+              for i, r in zip(table.index, table.values)]]
     rows.insert(1, ['---', *['---:'] * len(table.columns)])
     return ''.join('| ' + ' | '.join(r) + ' |\n' for r in rows)
 
@@ -311,7 +333,8 @@ def publish(
     if to.exists(): shutil.rmtree(to)
     for p in sorted(study.runs.glob('*/seed*-order*/record.json')):
         for f in (p, *p.parent.glob('*.svg')): _copy(f, to/f.relative_to(study.runs))
-    for f in (*study.runs.glob('figures/*.*'), *study.runs.glob('choices/*.json')): _copy(f, to/f.relative_to(study.runs/'figures') if f.parent.name == 'figures' else to/f.relative_to(study.runs))
+    for f in (*study.runs.glob('figures/*.*'), *study.runs.glob('choices/*.json')):
+        _copy(f, to/f.relative_to(study.runs/'figures') if f.parent.name == 'figures' else to/f.relative_to(study.runs))
     return to
 
 def _copy(a:Path, b:Path)->None:

@@ -36,8 +36,8 @@ from .methods import METHODS, Fusion, check_params, get_method
 from .metrics import metrics
 from .plots import plot_accuracy_matrix, plot_forgetting, plot_interference, save_figure, summary_table
 from .tasks import batches, check_stream, encode, load_stream, task_fingerprint
-from .train import (METRICS, Classifier, Recipe, digest, has_bfloat16, linear_probe, load_backbone, load_expert, model_source,
-                                    predict, pretrained_vit, train_expert)
+from .train import (METRICS, Classifier, Recipe, digest, has_bfloat16, linear_probe, load_backbone,
+                                    load_expert, model_source, predict, pretrained_vit, train_expert)
 
 # %% ../nbs/14_study.ipynb #61e5d5bd
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def find_root(
     here = Path(start).resolve()
     for p in (here, *here.parents, Path(direction_fusion.__file__).resolve().parent.parent):
         if (p/'settings.ini').is_file(): return p
-    raise ValueError(f"no settings.ini in {here} or above; run inside a clone of direction_fusion, or write one section for your study")
+    raise ValueError(f"no settings.ini in {here} or above; run inside a clone of direction_fusion, "
+                     "or write one section for your study")
 
 _KEYS = [f.name for f in fields(Study)][3:]
 _TYPES = {f.name: f.type for f in fields(Study)}
@@ -94,7 +95,9 @@ def _parse(name:str, key:str, text:str): # one value of a section
     try:
         if key in ('seeds', 'orders'): return tuple(int(x) for x in items)
         return items if _TYPES[key] is tuple else _TYPES[key](text.strip())
-    except ValueError: raise ValueError(f"study {name!r}: `{key}` must be {'integers' if _TYPES[key] is tuple else _TYPES[key].__name__}, got {text!r}") from None
+    except ValueError:
+        kind = 'integers' if _TYPES[key] is tuple else _TYPES[key].__name__
+        raise ValueError(f"study {name!r}: `{key}` must be {kind}, got {text!r}") from None
 
 # %% ../nbs/14_study.ipynb #0d5bb0a6
 def read_settings(
@@ -118,10 +121,14 @@ def load_study(
     "A study from `settings.ini`."
     root = find_root(root)
     cfg = read_settings(root)
-    if name not in studies(root): raise ValueError(f"unknown study {name!r}; settings.ini has {', '.join(studies(root)) or 'none'}")
+    if name not in studies(root):
+        raise ValueError(f"unknown study {name!r}; settings.ini has {', '.join(studies(root)) or 'none'}")
     given = {**(cfg['DEFAULT'] if 'DEFAULT' in cfg else {}), **cfg[name]}
-    if bad := given.keys() - set(_KEYS): raise ValueError(f"study {name!r}: unknown key {sorted(bad)[0]!r}; valid keys are {', '.join(_KEYS)}")
-    if missing := [k for k in _KEYS if k not in given]: raise ValueError(f"study {name!r}: missing key {missing[0]!r}; set it in [{name}] or [DEFAULT]; valid keys are {', '.join(_KEYS)}")
+    if bad := given.keys() - set(_KEYS):
+        raise ValueError(f"study {name!r}: unknown key {sorted(bad)[0]!r}; valid keys are {', '.join(_KEYS)}")
+    if missing := [k for k in _KEYS if k not in given]:
+        raise ValueError(f"study {name!r}: missing key {missing[0]!r}; set it in [{name}] or [DEFAULT]; "
+                         f"valid keys are {', '.join(_KEYS)}")
     specs = tuple((s.removeprefix('task:'), tuple(sorted(cfg[s].items()))) for s in cfg.sections() if s.startswith('task:'))
     study = Study(name, str(root), specs, **{k: _parse(name, k, v) for k, v in given.items()} | override)
     return _checked(study)
@@ -131,9 +138,12 @@ def _checked(study:Study)->Study: # raises before anything runs
     check_stream(list(study.tasks), task_specs(study))
     for n in ('train_size', 'val_size', 'test_size'):
         if getattr(study, n) < 1: raise ValueError(f"study {study.name!r}: `{n}` must be at least 1, got {getattr(study, n)}")
-    if study.precision not in ('auto', 'float32', 'bfloat16'): raise ValueError(f"study {study.name!r}: `precision` must be auto, float32 or bfloat16, got {study.precision!r}")
-    if study.tracking not in ('none', 'wandb', 'trackio'): raise ValueError(f"study {study.name!r}: `tracking` must be none, wandb or trackio, got {study.tracking!r}")
-    if not study.seeds or not study.orders: raise ValueError(f"study {study.name!r}: `seeds` and `orders` need at least one number each")
+    if study.precision not in ('auto', 'float32', 'bfloat16'):
+        raise ValueError(f"study {study.name!r}: `precision` must be auto, float32 or bfloat16, got {study.precision!r}")
+    if study.tracking not in ('none', 'wandb', 'trackio'):
+        raise ValueError(f"study {study.name!r}: `tracking` must be none, wandb or trackio, got {study.tracking!r}")
+    if not study.seeds or not study.orders:
+        raise ValueError(f"study {study.name!r}: `seeds` and `orders` need at least one number each")
     recipe_of(study, study.seeds[0])
     method_specs(study)
     return study
@@ -159,7 +169,8 @@ def parse_method(
     try:
         name = node.func.id if isinstance(node, ast.Call) else node.id
         params = {k.arg: ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
-    except (AttributeError, ValueError): raise ValueError(f"cannot read method {spec!r}; write it like dora or dora(rho=1.0)") from None
+    except (AttributeError, ValueError):
+        raise ValueError(f"cannot read method {spec!r}; write it like dora or dora(rho=1.0)") from None
     check_params(get_method(name), params, name)
     return name, params
 
@@ -173,7 +184,9 @@ def method_specs(study:Study)->list[tuple[str, dict]]: # (key of METHODS, hyper-
     if study.methods == ('all',): return [(n, {}) for n, m in METHODS.items() if fits(m)]
     specs = [parse_method(s) for s in study.methods]
     for n, _ in specs:
-        if not fits(METHODS[n]): raise ValueError(f"{n!r} cannot run in study {study.name!r}: it needs {METHODS[n].needs or f'at most {METHODS[n].most} tasks'}")
+        if not fits(METHODS[n]):
+            raise ValueError(f"{n!r} cannot run in study {study.name!r}: "
+                             f"it needs {METHODS[n].needs or f'at most {METHODS[n].most} tasks'}")
     return specs
 
 # %% ../nbs/14_study.ipynb #9836bd08
@@ -181,17 +194,22 @@ def method_specs(study:Study)->list[tuple[str, dict]]: # (key of METHODS, hyper-
 def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes, prints, pad
     "Model and encoded tasks of a study; a process loads them once."
     raw = load_stream(list(study.tasks), study.train_size, study.val_size, study.test_size, study.data_seed, task_specs(study))
-    backbone, tokenizer = (pretrained_vit(study.cache), None) if study.model == 'tiny-vit' else load_backbone(study.model, study.root)
+    backbone, tokenizer = ((pretrained_vit(study.cache), None) if study.model == 'tiny-vit'
+                           else load_backbone(study.model, study.root))
     text = 'text' in next(iter(raw.values()))['train'].column_names
-    if text and tokenizer is None: raise ValueError(f"study {study.name!r}: model {study.model!r} has no tokenizer, but {study.tasks[0]!r} is a text task")
+    if text and tokenizer is None:
+        raise ValueError(f"study {study.name!r}: model {study.model!r} has no tokenizer, but {study.tasks[0]!r} is a text task")
     tasks = {n: encode(t, tokenizer, study.max_tokens) for n, t in raw.items()}
     state = {k: v.clone() for k, v in backbone.state_dict().items()}
     frozen = [p.strip() for p in study.freeze.split(',') if p.strip()]
     base = {k: v for k, v in state.items() if not any(p in f'backbone.{k}' for p in frozen)}
     roles = {k: r for k, r in module_roles(backbone).items() if k in base}
-    return SimpleNamespace(backbone=backbone, state=state, base=base, roles=roles, tasks=tasks,
-        classes={n: t['train'].features['label'].num_classes for n, t in raw.items()}, pad=getattr(tokenizer, 'pad_token_id', None) or 0,
-        prints={n: task_fingerprint(t) for n, t in raw.items()}, print=fingerprint(state))
+    return SimpleNamespace(
+        backbone=backbone, state=state, base=base, roles=roles, tasks=tasks,
+        classes={n: t['train'].features['label'].num_classes for n, t in raw.items()},
+        pad=getattr(tokenizer, 'pad_token_id', None) or 0,
+        prints={n: task_fingerprint(t) for n, t in raw.items()},
+        print=fingerprint(state))
 
 def check_sources(study:Study)->None: # raises
     "Read every task and look for the model, so that a mistake shows before any work is done."
@@ -299,8 +317,10 @@ def read_record(
     "Read a record; null becomes NaN."
     arrays = {f.name for f in fields(Record) if f.type is np.ndarray}
     try: d = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is no whole record ({e}); delete it and run the study again") from e
-    if (ks := set(d)) != (want := {f.name for f in fields(Record)}): raise ValueError(f"{path}: expected the fields of a record, differing in {', '.join(sorted(ks ^ want))}")
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is no whole record ({e}); delete it and run the study again") from e
+    if (ks := set(d)) != (want := {f.name for f in fields(Record)}):
+        raise ValueError(f"{path}: expected the fields of a record, differing in {', '.join(sorted(ks ^ want))}")
     nan = lambda x: [nan(v) for v in x] if isinstance(x, list) else math.nan if x is None else x
     d['metrics'] = {k: math.nan if v is None else v for k, v in d['metrics'].items()}
     return Record(**{k: np.array(nan(v), dtype=float) if k in arrays else v for k, v in d.items()})
@@ -308,7 +328,9 @@ def read_record(
 def _save(self:Record, out:str|os.PathLike)->Path: # folder with record.json and three figures, .svg and .png
     "Write the figures, then the record: a record that is there means a finished run."
     out = find_root()/out if not Path(out).is_absolute() else Path(out)
-    for name, plot in [('accuracy_matrix', plot_accuracy_matrix), ('forgetting', plot_forgetting), ('interference', plot_interference)]:
+    for name, plot in [('accuracy_matrix', plot_accuracy_matrix),
+                       ('forgetting', plot_forgetting),
+                       ('interference', plot_interference)]:
         save_figure(plot(self), out/name)
     write_record(self, out/'record.json')
     return out
@@ -329,11 +351,13 @@ def versions()->dict: # package → version
     def v(p):
         try: return version(p)
         except PackageNotFoundError: return 'not installed'
-    return dict(python=platform.python_version()) | {p: v(p) for p in ('direction_fusion', 'torch', 'transformers', 'datasets', 'numpy')}
+    packages = 'direction_fusion', 'torch', 'transformers', 'datasets', 'numpy'
+    return dict(python=platform.python_version()) | {p: v(p) for p in packages}
 
 def commit()->str: # hash of HEAD, with '+' when files differ from it; '' outside a repository
     "The commit that the code is at."
-    git = lambda *a: subprocess.run(['git', '-C', str(Path(direction_fusion.__file__).parent), *a], capture_output=True, text=True)
+    git = lambda *a: subprocess.run(['git', '-C', str(Path(direction_fusion.__file__).parent), *a],
+                                    capture_output=True, text=True)
     try: head, dirty = git('rev-parse', '--short=12', 'HEAD'), git('status', '--porcelain', '--untracked-files=no')
     except FileNotFoundError: return ''
     return head.stdout.strip() + ('+' if dirty.stdout.strip() else '') if head.returncode == 0 else ''
@@ -359,7 +383,8 @@ def _merged_states(study, method, params, seed, names, files, heads, base): # yi
 
 def _validation(study, state, names, heads): # mean accuracy on the validation splits of `names`
     fp = fingerprint(state)
-    return float(np.mean([METRICS['accuracy'](labels(study, n, 'validation'), predictions(study, state, heads[n], n, 'validation', fp)) for n in names]))
+    return float(np.mean([METRICS['accuracy'](labels(study, n, 'validation'),
+                                              predictions(study, state, heads[n], n, 'validation', fp)) for n in names]))
 
 # %% ../nbs/14_study.ipynb #62bcfa37
 def run_method(
@@ -389,10 +414,13 @@ def run_method(
         norms.append(norm); fuse_s += s
     experts = np.array([METRICS['accuracy'](labels(study, n), p) for n, p in zip(names, own)])
     probe = np.array([METRICS['accuracy'](labels(study, n), probe_predictions(study, n)) for n in names])
-    inputs = dict(base=b.print, tasks={n: b.prints[n] for n in names}, experts={n: f.stem for n, f in zip(names, files)}, recipe=asdict(recipe_of(study, seed)))
-    return Record(study.name, method_label(method, params), m.title + method_label('', params), full, seed, order, names, R, R_macro, experts, probe,
-        cosines(taus).numpy(), np.array([t.norm() for t in taus]), np.array(norms), metrics(R, experts, probe), run_key(study, method, params, seed, order),
-        inputs, versions(), commit(), dict(fuse=fuse_s, total=time.perf_counter() - t0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    inputs = dict(base=b.print, tasks={n: b.prints[n] for n in names}, experts={n: f.stem for n, f in zip(names, files)},
+                  recipe=asdict(recipe_of(study, seed)))
+    return Record(
+        study.name, method_label(method, params), m.title + method_label('', params), full, seed, order, names,
+        R, R_macro, experts, probe, cosines(taus).numpy(), np.array([t.norm() for t in taus]), np.array(norms),
+        metrics(R, experts, probe), run_key(study, method, params, seed, order), inputs, versions(), commit(),
+        dict(fuse=fuse_s, total=time.perf_counter() - t0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 # %% ../nbs/14_study.ipynb #f06f9996
 def probe_predictions(study:Study, task:str)->np.ndarray: # (n,) predicted classes
@@ -408,7 +436,8 @@ def probe_predictions(study:Study, task:str)->np.ndarray: # (n,) predicted class
 def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: # 16 hexadecimal digits
     "Hash of all that decides a record."
     b, names = bench(study), task_order(study, order)
-    return digest('record', TRAINING, b.print, [b.prints[n] for n in names], asdict(recipe_of(study, seed)), method_label(method, params), seed, code_print())
+    return digest('record', TRAINING, b.print, [b.prints[n] for n in names], asdict(recipe_of(study, seed)),
+                  method_label(method, params), seed, code_print())
 
 # %% ../nbs/14_study.ipynb #7c6bf22a
 def settings(
@@ -431,6 +460,7 @@ def choose(
     for i, params in enumerate(settings(method)):
         fusion = Fusion(b.base, method, b.roles, seed=seed, **params)
         for n in names: fusion.add(loaded[n][0], n)
-        tried.append(dict(params=params, accuracy=_validation(study, fusion.merged(), names, {n: e[1] for n, e in loaded.items()})))
+        accuracy = _validation(study, fusion.merged(), names, {n: e[1] for n, e in loaded.items()})
+        tried.append(dict(params=params, accuracy=accuracy))
         tell((i + 1) / len(settings(method)))
     return sorted(tried, key=lambda t: -t['accuracy'])

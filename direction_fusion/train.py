@@ -50,7 +50,8 @@ class Recipe:
         for n in ('lr', 'head_lr', 'epochs', 'batch_size', 'max_tokens', 'threads'):
             if not getattr(self, n) > 0: raise ValueError(f"`{n}` must be positive, got {getattr(self, n)}")
         if not 0 <= self.warmup < 1: raise ValueError(f"`warmup` must be in [0, 1), got {self.warmup}")
-        if self.precision not in ('float32', 'bfloat16'): raise ValueError(f"`precision` must be float32 or bfloat16, got {self.precision!r}")
+        if self.precision not in ('float32', 'bfloat16'):
+            raise ValueError(f"`precision` must be float32 or bfloat16, got {self.precision!r}")
 
 def has_bfloat16()->bool: # True where bfloat16 autocast is faster than float32
     "Whether the accelerator, or else the processor (AMX), multiplies in bfloat16."
@@ -94,7 +95,8 @@ def model_source(
     package, _, sub = name.removeprefix('package:').partition('/')
     source = data_folder(package)/sub if name.startswith('package:') else Path(root)/name
     if not source.exists():
-        if name.count('/') > 1 or name.startswith(('.', '/', '~', 'package:')): raise ValueError(f"there is no model folder {name}")
+        if name.count('/') > 1 or name.startswith(('.', '/', '~', 'package:')):
+            raise ValueError(f"there is no model folder {name}")
         return name
     if not (source/'config.json').is_file():
         raise ValueError(f"{name} is no model folder: it has no config.json; pass a folder written by `save_pretrained`")
@@ -109,9 +111,12 @@ def load_backbone(
     "A pretrained encoder and its tokenizer."
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
     source = model_source(name, root)
-    try: model = AutoModel.from_pretrained(source, attn_implementation='eager', trust_remote_code=False, use_safetensors=True, **_QUIET)
+    try:
+        model = AutoModel.from_pretrained(source, attn_implementation='eager', trust_remote_code=False, use_safetensors=True,
+                                          **_QUIET)
     except (OSError, SafetensorError, ValueError) as e:
-        hint = '' if isinstance(source, Path) else '; a name that is no local folder is looked up on the hub, which needs a network'
+        hint = ('' if isinstance(source, Path)
+                else '; a name that is no local folder is looked up on the hub, which needs a network')
         raise ValueError(f"cannot load model {name!r}: {str(e).strip().splitlines()[0]}{hint}") from e
     if isinstance(getattr(model, 'pooler', None), nn.Module): model.pooler = None
     try: tokenizer = AutoTokenizer.from_pretrained(source)
@@ -124,8 +129,8 @@ def tiny_vit(
     **config,   # overrides of the configuration, e.g. image_size
 )->nn.Module:   # untrained ViT for 1 × 8 × 8 images
     "A vision transformer of about 70,000 parameters."
-    c = dict(image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
-             attn_implementation='eager', **_QUIET) | config
+    c = dict(image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
+             intermediate_size=96, attn_implementation='eager', **_QUIET) | config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ViTModel(ViTConfig(**c), add_pooling_layer=False).eval()
@@ -137,7 +142,9 @@ class _Heartbeat(TrainerCallback): # tells how far training is
 
 def _collate(rows:list[dict], pad_id:int)->dict[str, Tensor]: # one padded batch
     labels = dict(labels=torch.tensor([r['labels'] for r in rows]))
-    if 'pixel_values' in rows[0]: return labels | dict(pixel_values=torch.stack([torch.as_tensor(r['pixel_values'], dtype=torch.float32) for r in rows]))
+    if 'pixel_values' in rows[0]:
+        images = [torch.as_tensor(r['pixel_values'], dtype=torch.float32) for r in rows]
+        return labels | dict(pixel_values=torch.stack(images))
     ids = [r['input_ids'] for r in rows]
     n = max(map(len, ids))
     pad = lambda fill: torch.tensor([[*x, *[fill] * (n - len(x))] for x in ids])
@@ -163,12 +170,15 @@ def finetune(
     optimizer = torch.optim.AdamW([dict(params=ps, lr=lr) for lr, ps in groups.items() if ps], weight_decay=recipe.weight_decay)
     steps = -(-len(train) // recipe.batch_size) * recipe.epochs
     with tempfile.TemporaryDirectory() as tmp:
-        args = TrainingArguments(tmp, per_device_train_batch_size=recipe.batch_size, num_train_epochs=recipe.epochs, seed=recipe.seed,
-            data_seed=recipe.seed, warmup_steps=round(recipe.warmup * steps), save_strategy='no', logging_steps=max(1, steps // 20),
-            disable_tqdm=True, use_cpu=not torch.cuda.is_available(), bf16=recipe.precision == 'bfloat16', remove_unused_columns=False,
-            train_sampling_strategy='group_by_length' if 'input_ids' in train.column_names else 'random', dataloader_pin_memory=False,
-            **{'report_to': 'none'} | tracking)
-        trainer = Trainer(model, args, data_collator=partial(_collate, pad_id=pad_id), train_dataset=train, optimizers=(optimizer, None), callbacks=[_Heartbeat(tell)])
+        args = TrainingArguments(
+            tmp, per_device_train_batch_size=recipe.batch_size, num_train_epochs=recipe.epochs, seed=recipe.seed,
+            data_seed=recipe.seed, warmup_steps=round(recipe.warmup * steps), save_strategy='no',
+            logging_steps=max(1, steps // 20), disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+            bf16=recipe.precision == 'bfloat16', remove_unused_columns=False,
+            train_sampling_strategy='group_by_length' if 'input_ids' in train.column_names else 'random',
+            dataloader_pin_memory=False, **{'report_to': 'none'} | tracking)
+        trainer = Trainer(model, args, data_collator=partial(_collate, pad_id=pad_id), train_dataset=train,
+                          optimizers=(optimizer, None), callbacks=[_Heartbeat(tell)])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.cpu().eval()
@@ -209,8 +219,10 @@ def load_expert(
 )->tuple[dict[str, Tensor], dict[str, Tensor], dict]: # backbone parameters, head, about
     "Read an expert."
     try:
-        with safe_open(path, 'pt') as f: tensors, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['expert'])
-    except (SafetensorError, TypeError, KeyError, ValueError) as e: raise ValueError(f"{path} is no whole expert file; delete it, and it is trained anew") from e
+        with safe_open(path, 'pt') as f:
+            tensors, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['expert'])
+    except (SafetensorError, TypeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} is no whole expert file; delete it, and it is trained anew") from e
     pick = lambda part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
     return pick('backbone.'), pick('head.'), about
 
@@ -262,7 +274,8 @@ def features(
     data:Sequence[dict], # batches with the `index` of their examples
 )->np.ndarray:           # (n, d) in the order of the data set
     "Features of the backbone."
-    rows, index = zip(*[(model.features(**{k: v for k, v in b.items() if k not in ('index', 'labels')}).cpu(), b['index']) for b in data])
+    inputs = lambda b: {k: v for k, v in b.items() if k not in ('index', 'labels')}
+    rows, index = zip(*[(model.features(**inputs(b)).cpu(), b['index']) for b in data])
     return torch.cat(rows)[torch.cat(index).argsort()].float().numpy()
 
 def linear_probe(

@@ -26,7 +26,8 @@ def project(tmp_path_factory):
     "A folder with a study of its own, the analysis notebooks, and the package's caches out of reach."
     root = tmp_path_factory.mktemp('project')
     default, quick = ((ROOT/'settings.ini').read_text() + '\n[').split('[quick]')
-    quick = ''.join(line + '\n' for line in quick.split('\n[')[0].splitlines() if not line.startswith(('tasks', 'epochs', 'methods')))
+    quick = ''.join(line + '\n' for line in quick.split('\n[')[0].splitlines()
+                    if not line.startswith(('tasks', 'epochs', 'methods')))
     head = default.split('\n[text]')[0]
     mini = SETTINGS.replace('[mini]', '[mini]' + quick)
     mine = '\n[task:mine]\npath = mine.csv\ntext = body\nlabel = queue\n\n[own]\nmodel = no_model\ntasks = mine\n'
@@ -43,16 +44,20 @@ def call(root, *args, **kw):
 def record(root, method): return json.loads((root/'runs'/'mini'/method/'seed0-order0'/'record.json').read_text())
 
 
-def times(root): return {p: p.stat().st_mtime_ns for p in (root/'runs').rglob('*') if p.suffix in ('.safetensors', '.npy') or p.name == 'record.json'}
+def times(root):
+    return {p: p.stat().st_mtime_ns for p in (root/'runs').rglob('*')
+            if p.suffix in ('.safetensors', '.npy') or p.name == 'record.json'}
 
 
 @pytest.fixture(scope='module')
 def finished(project):
     "The study, broken off by Ctrl-C after its first expert, and run again to its end."
     env = os.environ | dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
-    p = subprocess.Popen([*CLI, 'study', 'mini'], cwd=project, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen([*CLI, 'study', 'mini'], cwd=project, env=env, start_new_session=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 300
-    while len(list((project/'runs').glob('cache/experts/*.safetensors'))) < 2 and p.poll() is None and time.time() < deadline: time.sleep(.05)
+    experts = lambda: list((project/'runs').glob('cache/experts/*.safetensors'))
+    while len(experts()) < 2 and p.poll() is None and time.time() < deadline: time.sleep(.05)
     assert p.poll() is None, f'ended before it could be broken off:\n{p.communicate()[0]}'
     os.killpg(p.pid, signal.SIGINT)
     said = p.communicate(timeout=60)[0]
@@ -71,7 +76,8 @@ def test_resumed_study_ends_with_figures_and_table(project, finished):
     *_, done = finished
     assert done.returncode == 0, done.stdout + done.stderr
     figures = project/'runs'/'mini'/'figures'
-    for name in ('compare.svg', 'compare.png', 'learning_curves.svg', 'cosines.svg', 'interference.svg', 'summary.csv', 'summary.md'):
+    for name in ('compare.svg', 'compare.png', 'learning_curves.svg', 'cosines.svg', 'interference.svg',
+                 'summary.csv', 'summary.md'):
         assert (figures/name).stat().st_size > 100, name
     assert 'Soft Soup' in done.stdout and 'Sequential fine-tuning' in done.stdout
 
@@ -89,7 +95,8 @@ def test_record_holds_the_whole_run(project, finished):
     r = record(project, 'dora')
     R = np.array(r['R'], dtype=float)
     assert R.shape == (3, 3) and np.isnan(R[np.triu_indices(3, 1)]).all() and (R[np.tril_indices(3)] >= 0).all()
-    assert r['tasks'] == ['digits:0-1', 'digits:2-3', 'digits:4-5'] and r['seed'] == 0 and r['params'].keys() == {'p', 'rho', 'lam'}
+    assert r['tasks'] == ['digits:0-1', 'digits:2-3', 'digits:4-5']
+    assert r['seed'] == 0 and r['params'].keys() == {'p', 'rho', 'lam'}
     assert set(r['inputs']) == {'base', 'tasks', 'experts', 'recipe'} and r['versions']['torch'] and r['seconds']['total'] > 0
 
 
@@ -106,15 +113,18 @@ def test_same_seed_gives_the_same_matrix(project, finished, tmp_path):
 def test_papermill_by_hand_makes_the_same_record(project, finished):
     "`papermill nbs/analysis/method.ipynb out.ipynb -p method …` in a kernel of its own."
     env = os.environ | dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
-    args = ['-p', 'study', 'mini', '-p', 'method', 'soft_soup', '-p', 'out', 'runs/by_hand/x', '--log-level', 'ERROR', '--no-progress-bar']
-    p = subprocess.run([sys.executable, '-m', 'papermill', 'nbs/analysis/method.ipynb', 'out.ipynb', *args], cwd=project, env=env, capture_output=True, text=True)
+    args = ['-p', 'study', 'mini', '-p', 'method', 'soft_soup', '-p', 'out', 'runs/by_hand/x',
+            '--log-level', 'ERROR', '--no-progress-bar']
+    p = subprocess.run([sys.executable, '-m', 'papermill', 'nbs/analysis/method.ipynb', 'out.ipynb', *args],
+                       cwd=project, env=env, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-2000:]
     assert json.loads((project/'runs/by_hand/x/record.json').read_text())['R'] == record(project, 'soft_soup')['R']
 
 
 def test_unknown_notebook_parameter_is_refused(project):
     from direction_fusion.runner import run_notebook
-    with pytest.raises(ValueError, match="method.ipynb has no parameter 'metod'; it takes study, method, params, seed, order, out"):
+    says = "method.ipynb has no parameter 'metod'; it takes study, method, params, seed, order, out"
+    with pytest.raises(ValueError, match=says):
         run_notebook(project, 'method', project/'never.ipynb', dict(metod='dora'))
     assert not (project/'never.ipynb').exists()
 
@@ -169,4 +179,5 @@ def test_model_folder_without_weights(project):
     rows = ''.join(f'text {i},{"ab"[i % 2]}\n' for i in range(1000))
     (project/'mine.csv').write_text('body,queue\n' + rows)
     p = call(project, 'study', 'own', '--methods', 'soft_soup')
-    assert p.returncode == 2 and 'is no model folder: it has no config.json' in p.stdout + p.stderr and 'Traceback' not in p.stdout + p.stderr
+    out = p.stdout + p.stderr
+    assert p.returncode == 2 and 'is no model folder: it has no config.json' in out and 'Traceback' not in out
