@@ -273,6 +273,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'direction_fusion.runner._output': ('runner.html#_output', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner._probe': ('runner.html#_probe', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner._share': ('runner.html#_share', 'direction_fusion/runner.py'),
+                                         'direction_fusion.runner._start_worker': ( 'runner.html#_start_worker',
+                                                                                    'direction_fusion/runner.py'),
                                          'direction_fusion.runner._tune': ('runner.html#_tune', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner._worker': ('runner.html#_worker', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner.check_parameters': ( 'runner.html#check_parameters',

@@ -221,7 +221,12 @@ def records(study:Study, methods:Sequence[str]=(), seed:int|None=None, order:int
     "What a study has brought so far."
     return read_records(study.runs, methods, seed, order)
 
-# %% ../nbs/15_runner.ipynb #8082ee56
+# %% ../nbs/15_runner.ipynb #c746249f
+def _start_worker()->None: # before the first job of a worker process
+    from joblib.externals.loky import process_executor
+    process_executor._MAX_MEMORY_LEAK_SIZE = float('inf')
+
+# %% ../nbs/15_runner.ipynb #34c0990d
 def run_study(
     study:Study,               # the study
     console:Console|None=None, # where progress is shown; standard error by default
@@ -234,7 +239,7 @@ def run_study(
     logs.mkdir(parents=True, exist_ok=True)
     for p in logs.glob('*.progress'): p.unlink()
     os.environ |= dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false') # share the cores
-    pool = get_reusable_executor(max_workers=workers, timeout=600)
+    pool = get_reusable_executor(max_workers=workers, timeout=600, initializer=_start_worker)
     columns = (BarColumn(30), TextColumn('{task.percentage:3.0f} %'), TimeElapsedColumn(),
                TextColumn('left'), TimeRemainingColumn())
     try:
@@ -327,14 +332,19 @@ def publish(
     study:Study,                    # a study that has run
     to:str|os.PathLike|None=None,   # folder; assets/<study> by default
 )->Path:                            # the folder
-    "Copy records, figures and tables of a finished study to where they are kept."
-    found, to = records(study), Path(to or Path(study.root)/'assets'/study.name)
-    if not found: raise ValueError(f"study {study.name!r} has no records yet; run: direction-fusion study {study.name}")
-    if to.exists(): shutil.rmtree(to)
-    for p in sorted(study.runs.glob('*/seed*-order*/record.json')):
-        for f in (p, *p.parent.glob('*.svg')): _copy(f, to/f.relative_to(study.runs))
-    for f in (*study.runs.glob('figures/*.*'), *study.runs.glob('choices/*.json')):
-        _copy(f, to/f.relative_to(study.runs/'figures') if f.parent.name == 'figures' else to/f.relative_to(study.runs))
+    "Copy what the study's present methods, seeds and orders brought, its figures, tables and choices, to where they are kept."
+    to = Path(to or Path(study.root)/'assets'/study.name)
+    folders = [record_path(study, m, p, s, o) for m, p in method_specs(study) for s in study.seeds for o in study.orders]
+    if missing := [f for f in folders if not (f/'record.json').is_file()]:
+        raise ValueError(f"study {study.name!r} has no record in {missing[0].relative_to(study.root)}; "
+                         f"run: direction-fusion study {study.name}")
+    fresh = to.with_name(f'.part-{to.name}')                  # the old ones go only when the new ones are whole
+    shutil.rmtree(fresh, ignore_errors=True)
+    for f in [f for d in folders for f in (d/'record.json', *d.glob('*.svg'))]: _copy(f, fresh/f.relative_to(study.runs))
+    for f in study.runs.glob('figures/*.*'): _copy(f, fresh/f.name)
+    for f in study.runs.glob('choices/*.json'): _copy(f, fresh/'choices'/f.name)
+    shutil.rmtree(to, ignore_errors=True)
+    fresh.rename(to)
     return to
 
 def _copy(a:Path, b:Path)->None:
