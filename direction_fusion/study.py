@@ -417,7 +417,7 @@ def run_method(
     inputs = dict(base=b.print, tasks={n: b.prints[n] for n in names}, experts={n: f.stem for n, f in zip(names, files)},
                   recipe=asdict(recipe_of(study, seed)))
     return Record(
-        study.name, method_label(method, params), m.title + method_label('', params), full, seed, order, names,
+        study.name, method_label(method, params), f"{m.title} {method_label('', params)}".strip(), full, seed, order, names,
         R, R_macro, experts, probe, cosines(taus).numpy(), np.array([t.norm() for t in taus]), np.array(norms),
         metrics(R, experts, probe), run_key(study, method, params, seed, order), inputs, versions(), commit(),
         dict(fuse=fuse_s, total=time.perf_counter() - t0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
