@@ -309,6 +309,8 @@ def findings(
     fused = sorted((n for n in by if get_method(n.partition('(')[0]).kind != 'training'), key=lambda n: -acc[n])
     out += [f"{title[n]} keeps {kept[n]:.1f} % of the experts' accuracy ({acc[n]:.1f} %, forgetting {lost[n]:.1f} points)."
             for n in fused]
+    if below := [title[n] for n in fused if acc[n] < mean(records, lambda r: r.probe.mean())]:
+        out.append(f"Below the linear probe, and so worth less than no fine-tuning at all: {', '.join(below)}.")
     return '\n'.join(f'- {x}' for x in out)
 
 # %% ../nbs/15_runner.ipynb #33f433c3

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -142,6 +143,9 @@ def _checked(study:Study)->Study: # raises before anything runs
         raise ValueError(f"study {study.name!r}: `precision` must be auto, float32 or bfloat16, got {study.precision!r}")
     if study.tracking not in ('none', 'wandb', 'trackio'):
         raise ValueError(f"study {study.name!r}: `tracking` must be none, wandb or trackio, got {study.tracking!r}")
+    if study.tracking != 'none' and find_spec(study.tracking) is None:
+        raise ValueError(f"study {study.name!r}: `tracking = {study.tracking}` needs the package {study.tracking}; "
+                         f"install it with pip install {study.tracking}")
     if not study.seeds or not study.orders:
         raise ValueError(f"study {study.name!r}: `seeds` and `orders` need at least one number each")
     recipe_of(study, study.seeds[0])
@@ -238,8 +242,9 @@ def expert(
     b, recipe = bench(study), recipe_of(study, seed)
     before = expert(study, history[-1], seed, history[:-1]) if history else None
     key = digest('expert', TRAINING, b.print, b.prints[task], asdict(recipe), before.stem if before else '')
+    tracking = {} if study.tracking == 'none' else dict(report_to=study.tracking, project=study.name, run_name=f'{task} seed {seed}')
     return train_expert(b.backbone, b.tasks[task], b.classes[task], recipe, key, study.cache/'experts',
-                        load_expert(before)[0] if before else None, b.pad, tell)
+                        load_expert(before)[0] if before else None, b.pad, tell, **tracking)
 
 def chain(study:Study, seed:int, order:int, tell:Callable[[float], None]=lambda share: None)->list[Path]: # one file per task
     "Sequential fine-tuning: each task continues from the model of the last."
