@@ -242,9 +242,9 @@ def expert(
     b, recipe = bench(study), recipe_of(study, seed)
     before = expert(study, history[-1], seed, history[:-1]) if history else None
     key = digest('expert', TRAINING, b.print, b.prints[task], asdict(recipe), before.stem if before else '')
-    tracking = {} if study.tracking == 'none' else dict(report_to=study.tracking, project=study.name, run_name=f'{task} seed {seed}')
+    run = dict(report_to=study.tracking, project=study.name, run_name=f'{task} seed {seed}')
     return train_expert(b.backbone, b.tasks[task], b.classes[task], recipe, key, study.cache/'experts',
-                        load_expert(before)[0] if before else None, b.pad, tell, **tracking)
+                        load_expert(before)[0] if before else None, b.pad, tell, **({} if study.tracking == 'none' else run))
 
 def chain(study:Study, seed:int, order:int, tell:Callable[[float], None]=lambda share: None)->list[Path]: # one file per task
     "Sequential fine-tuning: each task continues from the model of the last."
