@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -225,6 +226,7 @@ def records(study:Study, methods:Sequence[str]=(), seed:int|None=None, order:int
 def _start_worker()->None: # before the first job of a worker process
     from joblib.externals.loky import process_executor
     process_executor._MAX_MEMORY_LEAK_SIZE = float('inf')
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches all processes; the runner alone answers, and ends its workers
 
 # %% ../nbs/15_runner.ipynb #34c0990d
 def run_study(
