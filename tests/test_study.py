@@ -54,6 +54,7 @@ def finished(project):
     "The study, broken off by Ctrl-C after its first expert, and run again to its end."
     env = os.environ | dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
     p = subprocess.Popen([*CLI, 'study', 'mini'], cwd=project, env=env, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), # a background job may ignore it
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 300
     experts = lambda: list((project/'runs').glob('cache/experts/*.safetensors'))
