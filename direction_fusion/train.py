@@ -128,7 +128,7 @@ def tiny_vit(
     seed:int=0, # of the initial weights
     **config,   # overrides of the configuration, e.g. image_size
 )->nn.Module:   # untrained ViT for 1 × 8 × 8 images
-    "A vision transformer of about 70,000 parameters."
+    "A vision transformer small enough to train in seconds."
     c = dict(image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
              intermediate_size=96, attn_implementation='eager', **_QUIET) | config
     with torch.random.fork_rng(devices=[]):
