@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'is_fusable', 'compute_dtype', 'check_expert', 'TaskVector', 'task_vector', 'apply_tau', 'module_roles',
-           'named_roles', 'fingerprint', 'atomic_path']
+           'named_roles', 'resolve_roles', 'tied_names', 'fingerprint', 'atomic_path']
 
 # %% ../nbs/00_core.ipynb #2ed4a3a3
+import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #08fcddee
 def is_fusable(
-    x:Tensor, # (*shape) a parameter or buffer
+    x:Tensor, # (*shape) a parameter or buffer, or anything with a `dtype`
 )->bool:      # True for floating point tensors
     "Whether `x` moves during fine-tuning, so that a difference of two of them is a direction."
-    return x.is_floating_point()
+    return x.dtype.is_floating_point
 
 def compute_dtype(
     x:Tensor,      # (*shape) a parameter
@@ -88,50 +91,132 @@ def apply_tau(
 
 # %% ../nbs/00_core.ipynb #f94e4ff7
 ROLES = 'linear', 'linear_t', 'embedding', 'position', 'conv', 'norm', 'bias', 'head', 'other', 'buffer'
-_POSITION = 'position', 'token_type', 'cls_token', 'mask_token', 'class_embedding', 'relative_attention_bias', 'pos_emb', 'wpe'
-_HEADS = 'classifier', 'lm_head', 'score', 'qa_outputs', 'head'
+_any = lambda *patterns: re.compile('|'.join(patterns)).search
+_HEAD = _any(r'(?:^|\.)(?:\w+_)?classifier\.', r'(?:^|\.)(?:multiple_choice|value|reward|v)_head\.', r'^fc\.',
+             r'(?:^|\.)(?:score|qa_outputs|classification_head|logits_proj|seq_relationship|dense_prediction)\.',
+             r'(?<!text_model)(?<!vision_model)(?:^|\.)heads?\.(?!dense|norm)')
+_VOCABULARY = _any(r'(?:^|[._])lm_head(?:\.decoder)?\.weight$', r'predictions\.decoder\.weight$',
+                   r'(?:^|\.)(?:embed_out|vocab_projector|lm_loss|output_projection)\.weight$',
+                   r'^(?:proj_out|output|decoder)\.weight$')
+_POSITION = _any('position', 'pos_emb', 'token_type', 'relative_attention_bias', 'rel_emb', 'distance_embedding', 'seg_embed',
+                 r'(?:cls|class|mask|distillation|register|query)_(?:token|embedding)', r'(?:^|\.)wpe\.')
+_TABLE = _any(r'(?:^|\.)(?:wte|wpe|shared|embed_in|relative_attention_bias)\.weight$',
+              r'(?:^|\.)\w*emb(?:ed(?:ding)?s?|ed_tokens|ed_positions)?\.weight$')
+_CONV1D = _any(r'att(?:ention|n)\.(?:c_attn|c_proj|q_attn)\.weight$', r'mlp\.(?:c_fc|c_proj)\.weight$')
 
-def _leaf_role(k:str, x:Tensor)->str|None: # what the name and the dtype alone decide
+def _name_role(k:str, x)->str|None: # what the name, the dtype and the number of axes decide, whatever the module
     if not is_fusable(x): return 'buffer'
-    parts = k.split('.')
-    if any(p in k for p in _POSITION): return 'position'
-    if any(p in _HEADS for p in parts): return 'head'
-    if parts[-1] == 'bias' and x.ndim == 1: return 'bias'
+    if _HEAD(k): return 'head'
+    leaf, n = k.rpartition('.')[2], len(x.shape)
+    if leaf.endswith('bias') or leaf == 'beta': return 'bias'
+    if n == 1 and leaf in ('weight', 'gamma') or leaf in ('running_mean', 'running_var'): return 'norm'
+    if n == 2 and _VOCABULARY(k): return 'embedding'
 
 # %% ../nbs/00_core.ipynb #972fea84
+def _module_role(m:nn.Module, k:str, x:Tensor)->str: # role of parameter `k` = `x`, owned by module `m`
+    leaf, cls, table = k.rpartition('.')[2], type(m).__name__, isinstance(m, nn.Embedding)
+    if r := _name_role(k, x): return r
+    if leaf == 'weight':
+        if cls == 'Conv1D': return 'linear_t'
+        if isinstance(m, nn.Linear) or cls.endswith('Router') and x.ndim == 2: return 'linear'
+        if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d): return 'conv'
+    if (table or not leaf.endswith('weight')) and _POSITION(k): return 'position'
+    if 'Norm' in cls and x.ndim < 2: return 'norm'
+    return 'embedding' if table else 'linear' if leaf.endswith('proj_weight') and x.ndim == 2 else 'other'
+
 def module_roles(
     model:nn.Module, # any model whose state dict is to be fused
 )->dict[str, str]:   # parameter name → role, for every key of `model.state_dict()`
-    "Roles from the module types, names only where types do not tell (position tables, heads)."
-    kinds = {nn.Linear: 'linear', nn.Embedding: 'embedding', nn.Conv1d: 'conv', nn.Conv2d: 'conv', nn.Conv3d: 'conv'}
-    out = {}
-    for k, x in model.state_dict().items():
-        m, leaf = model.get_submodule(k.rpartition('.')[0]), k.rpartition('.')[2]
-        cls = type(m).__name__
-        kind = ('linear_t' if cls == 'Conv1D' else 'norm' if 'Norm' in cls
-                else next((r for t, r in kinds.items() if isinstance(m, t)), None))
-        role = _leaf_role(k, x)
-        out[k] = role or (kind if kind and (leaf == 'weight' or kind == 'norm') else 'other')
-    return out
+    "Roles from the module types, names only where types do not tell (heads, position tables)."
+    vocabulary = getattr(model, 'get_output_embeddings', lambda: None)()
+    def role(k, x):
+        m = model.get_submodule(k.rpartition('.')[0])
+        return 'embedding' if m is vocabulary and x.ndim == 2 else _module_role(m, k, x)
+    return {k: role(k, x) for k, x in model.state_dict().items()}
 
 # %% ../nbs/00_core.ipynb #b79e801d
-_EMBED = 'embed_tokens', 'word_embeddings', 'wte', 'shared.weight', 'token_embedding', 'tok_embeddings'
-_GPT2 = 'attn.c_attn.weight', 'attn.c_proj.weight', 'attn.q_attn.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight'
+def _shapes(state:Mapping)->Mapping: # a checkpoint on disk knows its shapes without reading
+    return getattr(state, 'meta', state)
+
+def _transposed(state:Mapping, ks:Iterable[str])->set[str]: # those of `ks`, named as in GPT-2, that are (d_in, d_out)
+    def vote(k): # True or False where the bias tells, else None
+        (d0, d1), b = state[k].shape, state.get(k.removesuffix('weight') + 'bias')
+        return None if b is None or d0 == d1 else b.shape[0] == d1
+    votes = {k: vote(k) for k in ks}
+    known = set(votes.values()) - {None}
+    unsure = lambda k: known == {True} or not known and re.search(r'(?:^|\.)h\.\d+\.', k) is not None
+    return {k for k, v in votes.items() if (unsure(k) if v is None else v)}
 
 def named_roles(
-    state:Mapping[str, Tensor], # a state dict, or anything with names and shapes
+    state:Mapping[str, Tensor], # a state dict, a checkpoint, or any mapping to things with `shape` and `dtype`
 )->dict[str, str]:              # parameter name → role
     "Roles from names and shapes alone: the conventions of transformers' architectures."
+    state, seen = _shapes(state), {} # layers differ by their number only
     def role(k, x):
-        low = k.lower()
-        if r := _leaf_role(k, x): return r
-        if 'norm' in low or '.ln' in low or low.startswith('ln'): return 'norm'
-        if any(e in low for e in _EMBED) or 'embed' in low and x.ndim == 2 and low.endswith('embeddings.weight'):
-            return 'embedding'
-        if x.ndim >= 3: return 'conv'
-        if any(low.endswith(g) for g in _GPT2): return 'linear_t'
-        return 'linear' if x.ndim == 2 and low.endswith('weight') else 'other'
-    return {k: role(k, x) for k, x in state.items()}
+        leaf, n = k.rpartition('.')[2], len(x.shape)
+        if r := _name_role(k, x): return r
+        table = n == 2 and _TABLE(k)
+        if (table or not leaf.endswith('weight')) and _POSITION(k): return 'position'
+        if table: return 'embedding'
+        if leaf.endswith('weight'): return 'linear' if n == 2 else 'conv' if leaf == 'weight' else 'other'
+        return 'norm' if n < 2 and 'norm' in leaf.lower() else 'other'
+    for k, x in state.items():
+        kind = re.sub(r'\d+', '0', k), len(x.shape), is_fusable(x)
+        seen.setdefault(kind, []).append(k)
+    out = {k: r for ks in seen.values() for r in [role(ks[0], state[ks[0]])] for k in ks}
+    turned = _transposed(state, [k for k, r in out.items() if r == 'linear' and _CONV1D(k)])
+    return {k: 'linear_t' if k in turned else out[k] for k in state}
+
+# %% ../nbs/00_core.ipynb #8cbb23bb
+def _with_role(state:Mapping, ks:Iterable[str], role:str)->dict[str, str]: # `role` for each of `ks`, or an error
+    if role not in ROLES: raise ValueError(f"unknown role {role!r}; {_near(role, ROLES)}choose from {', '.join(ROLES)}")
+    for k in ks:
+        if role in ('linear', 'linear_t') and len(state[k].shape) != 2:
+            raise ValueError(f"{k!r}: role {role!r} needs two axes, got shape {tuple(state[k].shape)}")
+        if (role == 'buffer') == is_fusable(state[k]):
+            raise ValueError(f"{k!r}: integer tensors, and they alone, have the role 'buffer', got {role!r} for {state[k].dtype}")
+    return dict.fromkeys(ks, role)
+
+def _near(x:str, choices:Iterable[str])->str: # a hint, or nothing
+    near = difflib.get_close_matches(x, choices, 1, .5)
+    return f"did you mean {near[0]!r}? " if near else ''
+
+def resolve_roles(
+    state:Mapping[str, Tensor],           # as for `named_roles`
+    roles:Mapping[str, str]|None=None,    # parameter → role, for some or all; strongest
+    patterns:Mapping[str, str]|None=None, # shell pattern such as '*.ln_f.weight' → role; later ones win
+)->dict[str, str]:                        # parameter → role, for all of `state`
+    "`named_roles`, overridden by patterns and by exact names."
+    state = _shapes(state)
+    out = named_roles(state)
+    for pattern, role in (patterns or {}).items():
+        if not (ks := [k for k in out if fnmatchcase(k, pattern)]):
+            raise ValueError(f"pattern {pattern!r} matches no parameter; {_near(pattern, out)}".rstrip('; '))
+        out |= _with_role(state, ks, role)
+    for k, role in (roles or {}).items():
+        if k not in out: raise ValueError(f"`roles` names {k!r}, which is no parameter; {_near(k, out)}".rstrip('; '))
+        out |= _with_role(state, [k], role)
+    return out
+
+# %% ../nbs/00_core.ipynb #99dd54a0
+def tied_names(
+    state:Mapping[str, Tensor],   # as for `named_roles`
+    config:Mapping|None=None,     # the model's config.json; its `tie_word_embeddings` counts where it is true
+)->dict[str, str]:                # name → the earlier name whose tensor it shares
+    "Parameters that are one tensor under several names."
+    first, out = {}, dict(getattr(state, 'copies', {})) # a checkpoint knows the copies within its files
+    state = _shapes(state)
+    for k, x in state.items():
+        if not isinstance(x, Tensor) or not x.numel() or x.is_meta: continue
+        place = x.data_ptr(), x.dtype, tuple(x.shape), x.stride()
+        if (k0 := first.setdefault(place, k)) != k: out[k] = k0
+    if (config or {}).get('tie_word_embeddings'):
+        tables = [k for k, r in named_roles(state).items() if r == 'embedding' and k not in out]
+        inputs = [k for k in tables if not _VOCABULARY(k)]
+        for k in tables:
+            same = [i for i in inputs if tuple(state[i].shape) == tuple(state[k].shape)]
+            if _VOCABULARY(k) and same: out[k] = same[0]
+    return out
 
 # %% ../nbs/00_core.ipynb #3e4b5dd9
 def fingerprint(
