@@ -9,7 +9,6 @@ __all__ = ['thin_svd', 'gram', 'norms', 'cosines', 'cosine', 'sign_conflicts', '
 
 # %% ../nbs/01_geometry.ipynb #8709b1b1
 from collections.abc import Iterator, Mapping, Sequence
-import pandas as pd
 import torch
 from torch import Tensor
 from .core import compute_dtype, named_roles
@@ -259,8 +258,9 @@ def layer_table(
     taus:Sequence[Mapping[str, Tensor]],   # T task vectors
     roles:Mapping[str, str]|None=None,     # parameter → role; by names and shapes if not given
     k:int|None=None,                       # triplets per expert in STI, see `sti`
-)->pd.DataFrame:                           # a row a parameter; pairwise columns NaN for one expert, spectral ones if not linear
+)->'DataFrame':                            # a row a parameter; pairwise columns NaN for one expert, spectral ones if not linear
     "Role, shape, mean norm, mean pairwise cosine and sign conflict, mean effective rank, STI/Σσ of each parameter."
+    import pandas as pd # here, because it takes a second to import
     taus = _check(taus)
     roles, pairs = named_roles(taus[0]) if roles is None else roles, torch.triu_indices(len(taus), len(taus), 1)
     if lacks := sorted(taus[0].keys() - roles.keys()): raise ValueError(f"`roles` must name every parameter, lacks {lacks[0]!r}")
