@@ -10,6 +10,7 @@ __all__ = ['MAGNITUDES', 'polar', 'slerp_rows', 'karcher_rows', 'polar_add', 'po
 import torch
 from torch import Tensor
 from .geometry import thin_svd
+from .soup import combine, gram, karcher_coefficients
 
 # %% ../nbs/04_dora.ipynb #82c70139
 def polar(
@@ -37,23 +38,12 @@ def slerp_rows(
 def karcher_rows(
     Vs:Tensor,               # (T, n, d) unit rows, or zero where an expert has none
     weights:Tensor|None=None,# (T,) weights ≥ 0, equal by default
-    steps:int=20             # most iterations; it stops earlier at the precision of the dtype
+    steps:int=100            # most iterations; it stops where the step vanishes in float64
 )->Tensor:                   # (n, d) unit rows; zero where all are zero
     "argmin_u Σ w_t ∠(u, v_t)² per row."
-    w = torch.ones(len(Vs), dtype=Vs.dtype) if weights is None else weights.to(Vs.dtype)
-    w = w[:, None, None] * (Vs != 0).any(2, keepdim=True)       # a zero row has no direction, so no vote
-    w = w / w.sum(0).clamp_min(torch.finfo(Vs.dtype).tiny)
-    u = polar((w * Vs).sum(0))[1]
-    u = torch.where((u != 0).any(1, keepdim=True), u, Vs[0])    # directions that cancel: the first one
-    for _ in range(steps):
-        c = (u * Vs).sum(2, keepdim=True)
-        perp = Vs - c * u
-        n = perp.norm(dim=2, keepdim=True)
-        step = (w * torch.where(n > 0, torch.atan2(n, c) / n, 0) * perp).sum(0)
-        a = step.norm(dim=1, keepdim=True)
-        u = polar(a.cos() * u + torch.where(a > 0, a.sin() / a, 0) * step)[1]
-        if a.max() < torch.finfo(Vs.dtype).eps: break
-    return u
+    w = torch.ones(len(Vs)) if weights is None else weights
+    w = (w.double() / w.double().sum()).to(Vs.device)
+    return polar(combine(Vs, karcher_coefficients(gram(Vs, None, 'row'), w, steps), grain='row'))[1]
 
 # %% ../nbs/04_dora.ipynb #82cfe108
 MAGNITUDES = 'arithmetic', 'geometric'

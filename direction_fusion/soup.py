@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ON', 'GRAINS', 'soup_add', 'soup_remove', 'soup_merged', 'sum_add', 'sum_remove', 'sum_merged', 'greedy_soup',
-           'vectors', 'gram', 'combine', 'slerp_coefficients', 'slerp', 'nuslerp', 'multislerp_coefficients',
-           'multislerp', 'karcher_coefficients', 'karcher', 'stock_coefficients', 'model_stock']
+           'vectors', 'gram', 'combine', 'gram_scan', 'slerp_coefficients', 'slerp', 'nuslerp',
+           'multislerp_coefficients', 'multislerp', 'karcher_coefficients', 'karcher', 'stock_coefficients',
+           'model_stock']
 
 # %% ../nbs/02_soup.ipynb #8346fb5a
 from collections.abc import Callable, Sequence
@@ -14,13 +15,16 @@ from torch import Tensor
 from .core import TaskVector
 
 # %% ../nbs/02_soup.ipynb #f14f3dd9
+def _plus(total:Tensor|None, delta:Tensor, weight:float)->Tensor: # total + weight · delta
+    return weight * delta if total is None else torch.add(total, delta, alpha=weight)
+
 def soup_add(
     state:dict,     # running sums: `sum` (*shape), `weight`
     delta:Tensor,   # (*shape) delta of the new expert
     weight:float=1. # w_t ≥ 0 of the new expert
 )->dict:            # the next state
     "Σ w_t Δ_t and Σ w_t."
-    return dict(sum=state.get('sum', 0) + weight * delta, weight=state.get('weight', 0.) + weight)
+    return dict(sum=_plus(state.get('sum'), delta, weight), weight=state.get('weight', 0.) + weight)
 
 def soup_remove(
     state:dict,     # running sums
@@ -35,28 +39,30 @@ def soup_merged(
     lam:float=1.# scale of the mean
 )->Tensor:      # (*shape) λ·Σ w_t Δ_t / Σ w_t; zeros where all weights are zero
     "λ times the weighted mean of the deltas (arXiv:2203.05482; λ = 1 there)."
-    return lam * state['sum'] / (state['weight'] or 1.)
+    return lam / (state['weight'] or 1.) * state['sum']
 
 # %% ../nbs/02_soup.ipynb #1a7c0fbc
 def sum_add(
-    state:dict,   # running sum: `sum` (*shape)
-    delta:Tensor  # (*shape) delta of the new expert
-)->dict:          # the next state
-    "Σ Δ_t."
-    return dict(sum=state.get('sum', 0) + delta)
+    state:dict,     # running sum: `sum` (*shape)
+    delta:Tensor,   # (*shape) delta of the new expert
+    weight:float=1. # w_t of the new expert, any number
+)->dict:            # the next state
+    "Σ w_t Δ_t."
+    return dict(sum=_plus(state.get('sum'), delta, weight))
 
 def sum_remove(
-    state:dict,   # running sum
-    delta:Tensor  # (*shape) delta of an expert that was added before
-)->dict:          # the state without it, up to rounding
+    state:dict,     # running sum
+    delta:Tensor,   # (*shape) delta of an expert that was added before
+    weight:float=1. # the weight it was added with
+)->dict:            # the state without it, up to rounding
     "Takes an expert out of the sum again."
-    return sum_add(state, -delta)
+    return sum_add(state, delta, -weight)
 
 def sum_merged(
     state:dict,   # running sum
     lam:float=.3  # λ, the scale of the sum
 )->Tensor:        # (*shape) merged delta
-    "λ·ΣΔ_t (arXiv:2212.04089, §4)."
+    "λ·Σ w_t Δ_t (arXiv:2212.04089, §4)."
     return lam * state['sum']
 
 # %% ../nbs/02_soup.ipynb #6f38a1a5
@@ -87,21 +93,21 @@ def gram(
     deltas:Tensor,          # (T, *shape) deltas
     base:Tensor|None=None,  # (*shape) base weight, if the vectors are weights
     grain:str='tensor',     # as in `vectors`
-    chunk:int=2**15         # entries of each expert that are held in float64 at a time
+    chunk:int=2**16         # entries of each expert that are held in float64 at a time
 )->Tensor:                  # (n, T, T) float64
     "G_st = ⟨v_s, v_t⟩, summed in float64."
-    V, B, out = vectors(deltas, grain), None if base is None else vectors(base[None], grain), []
+    V, B = vectors(deltas, grain), None if base is None else vectors(base[None], grain)
     n, d = V.shape[1:]
-    h = max(1, chunk // max(d, 1))
+    h, c = min(n, max(1, chunk // max(d, 1))), min(d, chunk)
+    G, held = (V.new_zeros(s, dtype=torch.float64) for s in ((n, len(V), len(V)), len(V) * h * c))
     for i in range(0, n, h):
-        G = V.new_zeros(len(V[0, i:i + h]), len(V), len(V), dtype=torch.float64)
-        for j in range(0, d, chunk):
-            x = V[:, i:i + h, j:j + chunk].double()
-            if B is not None: x = x + B[:, i:i + h, j:j + chunk]
+        for j in range(0, d, c) if c else ():
+            v = V[:, i:i + h, j:j + c]
+            x = held[:v.numel()].view(v.shape).copy_(v)
+            if B is not None: x += B[:, i:i + h, j:j + c]
             x = x.transpose(0, 1)
-            G += x @ x.mT
-        out.append(G)
-    return torch.cat(out)
+            G[i:i + h].baddbmm_(x, x.mT)
+    return G
 
 # %% ../nbs/02_soup.ipynb #d875e394
 def combine(
@@ -118,10 +124,20 @@ def combine(
     return out.reshape(deltas.shape[1:])
 
 # %% ../nbs/02_soup.ipynb #b26ad935
-def _span(deltas, base, on, grain, lam, coefficients): # λ times the point whose coefficients a Gram matrix gives
+def gram_scan(
+    pieces:Callable,    # () → iterator of (deltas (T, …), base) over one parameter
+    on:str='delta',     # vectors: 'weight' or 'delta'
+    grain:str='tensor', # as in `vectors`
+)->Tensor|None:         # (1, T, T) float64; None for 'row', where every row has its own
+    "`gram` of a parameter that is read in pieces."
+    return sum(gram(d, b if on == 'weight' else None) for d, b in pieces()) if grain == 'tensor' else None
+
+def _span(deltas, base, on, grain, lam, coefficients, G=None): # λ times the point whose coefficients a Gram matrix gives
     if on not in ON: raise ValueError(f"`on` must be one of {', '.join(ON)}, got {on!r}")
     b, _ = base if on == 'weight' else None, vectors(deltas, grain)
-    return lam * (deltas[0] if len(deltas) == 1 else combine(deltas, coefficients(gram(deltas, b, grain)), b, grain))
+    if len(deltas) == 1: return lam * deltas[0]
+    out = combine(deltas, coefficients(gram(deltas, b, grain) if G is None else G), b, grain)
+    return out if lam == 1 else out.mul_(lam)
 
 def _shares(weights:Tensor|None, T:int)->Tensor: # (T,) float64, sum 1
     w = torch.ones(T) if weights is None else weights.cpu()
@@ -152,12 +168,13 @@ def slerp(
     t:float=.5,         # share of the way from the first to the second, 0 to 1
     on:str='weight',    # vectors: 'weight' (mergekit) or 'delta'
     grain:str='tensor', # 'tensor' (mergekit) or 'row'
-    lam:float=1.        # scale of the merged delta
+    lam:float=1.,       # scale of the merged delta
+    scan:Tensor|None=None # of `gram_scan`, where `deltas` are a piece of the parameter
 )->Tensor:              # (*shape) merged delta; the expert itself if there is one
     "Point at share t of the great circle between two experts (mergekit's slerp)."
     if len(deltas) > 2: raise ValueError(f"SLERP takes 2 experts, got {len(deltas)}; for more choose multislerp or karcher")
     if not 0 <= t <= 1: raise ValueError(f"`t` must be in [0, 1], got {t}")
-    return _span(deltas, base, on, grain, lam, lambda G: slerp_coefficients(G, t))
+    return _span(deltas, base, on, grain, lam, lambda G: slerp_coefficients(G, t), scan)
 
 # %% ../nbs/02_soup.ipynb #de456b64
 def nuslerp(
@@ -166,11 +183,12 @@ def nuslerp(
     weights:Tensor|None=None,   # (T,) weights ≥ 0, equal by default: t = w₂/(w₁ + w₂)
     on:str='delta',             # vectors: 'delta' (mergekit with a base) or 'weight' (without)
     grain:str='tensor',         # 'tensor' (mergekit's default) or 'row'
-    lam:float=1.                # scale of the merged delta
+    lam:float=1.,               # scale of the merged delta
+    scan:Tensor|None=None       # of `gram_scan`, where `deltas` are a piece of the parameter
 )->Tensor:                      # (*shape) merged delta; the expert itself if there is one
     "SLERP between two deltas at the share that the weights give (mergekit's nuslerp)."
     if len(deltas) > 2: raise ValueError(f"NuSLERP takes 2 experts, got {len(deltas)}; for more choose multislerp or karcher")
-    return slerp(deltas, base, float(_shares(weights, len(deltas))[-1]) if len(deltas) == 2 else 0., on, grain, lam)
+    return slerp(deltas, base, float(_shares(weights, len(deltas))[-1]) if len(deltas) == 2 else 0., on, grain, lam, scan)
 
 # %% ../nbs/02_soup.ipynb #a4788a8d
 def multislerp_coefficients(
@@ -189,11 +207,12 @@ def multislerp(
     weights:Tensor|None=None,   # (T,) weights ≥ 0, equal by default
     on:str='delta',             # vectors: 'delta' (mergekit with a base) or 'weight' (without)
     grain:str='tensor',         # 'tensor' (mergekit) or 'row'
-    lam:float=1.                # scale of the merged delta
+    lam:float=1.,               # scale of the merged delta
+    scan:Tensor|None=None       # of `gram_scan`, where `deltas` are a piece of the parameter
 )->Tensor:                      # (*shape) merged delta
     "Mean length times normalised mean direction (mergekit's multislerp)."
     w = _shares(weights, len(deltas)).to(deltas.device)
-    return _span(deltas, base, on, grain, lam, lambda G: multislerp_coefficients(G, w))
+    return _span(deltas, base, on, grain, lam, lambda G: multislerp_coefficients(G, w), scan)
 
 # %% ../nbs/02_soup.ipynb #24573f30
 def karcher_coefficients(
@@ -226,11 +245,12 @@ def karcher(
     weights:Tensor|None=None,   # (T,) weights ≥ 0, equal by default (mergekit: always equal)
     on:str='weight',            # vectors: 'weight' (mergekit) or 'delta'
     grain:str='tensor',         # 'tensor' (mergekit) or 'row'
-    lam:float=1.                # scale of the merged delta
+    lam:float=1.,               # scale of the merged delta
+    scan:Tensor|None=None       # of `gram_scan`, where `deltas` are a piece of the parameter
 )->Tensor:                      # (*shape) merged delta
     "Karcher mean of directions times mean length (mergekit's karcher; arXiv:2603.04972)."
     w = _shares(weights, len(deltas)).to(deltas.device)
-    return _span(deltas, base, on, grain, lam, lambda G: karcher_coefficients(G, w))
+    return _span(deltas, base, on, grain, lam, lambda G: karcher_coefficients(G, w), scan)
 
 # %% ../nbs/02_soup.ipynb #f6da8102
 def stock_coefficients(
@@ -244,7 +264,8 @@ def stock_coefficients(
 def model_stock(
     deltas:Tensor,      # (T, *shape) deltas
     grain:str='tensor', # 'tensor' (mergekit's default) or 'row' (mergekit's filter_wise)
-    lam:float=1.        # scale of the merged delta
+    lam:float=1.,       # scale of the merged delta
+    scan:Tensor|None=None # of `gram_scan`, where `deltas` are a piece of the parameter
 )->Tensor:              # (*shape) merged delta; the expert itself if there is one
     "λ·t·mean of the deltas (arXiv:2403.19522)."
-    return _span(deltas, None, 'delta', grain, lam, stock_coefficients)
+    return _span(deltas, None, 'delta', grain, lam, stock_coefficients, scan)
