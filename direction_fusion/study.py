@@ -33,7 +33,8 @@ import torch
 import direction_fusion
 from .core import TaskVector, apply_tau, atomic_path, fingerprint, module_roles, task_vector
 from .geometry import cosines
-from .methods import METHODS, Fusion, check_params, get_method
+from .fusion import Fusion
+from .methods import METHODS, check_params, get_method
 from .metrics import metrics
 from .plots import plot_accuracy_matrix, plot_forgetting, plot_interference, save_figure, summary_table
 from .tasks import batches, check_stream, encode, load_stream, task_fingerprint

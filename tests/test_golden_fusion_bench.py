@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 from direction_fusion.geometry import thin_svd
-from direction_fusion.methods import fuse
+from direction_fusion.fusion import fuse
 from direction_fusion.orthogonal import opcm_add
 from direction_fusion.spectral import dop_add, knots_basis, svc
 

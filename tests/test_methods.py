@@ -12,18 +12,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from direction_fusion.core import fingerprint
-from direction_fusion.methods import (
-    METHODS,
-    SLOTS,
-    Fusion,
-    Method,
-    _arguments,
-    check_params,
-    fold,
-    fuse,
-    hyperparameters,
-    load_fusion,
-)
+from direction_fusion.fusion import Fusion, fold, fuse, load_fusion, takes_rule
+from direction_fusion.methods import METHODS, SLOTS, Method, _arguments, check_params, hyperparameters
 
 FUSING = {n: m for n, m in METHODS.items() if m.kind != 'training'}
 FAMILIES = 'soup', 'orthogonal', 'dora', 'sparse', 'spectral', 'calibrated', 'baseline'
@@ -92,7 +82,8 @@ def run(name, base, experts, stats=None, **params): # merged state dict
     return fusion.merged()
 
 
-def own(name, base): return [k for k in base if k != 'n' and start(name, base)._own(k)] # taken by the rule, not by its fallback
+def own(name, base): # taken by the rule, not by its fallback
+    return [k for k in base if k != 'n' and takes_rule(FUSING[name], ROLES[k], base[k].ndim)]
 
 
 def most(name): return min(6, FUSING[name].most or 6) # experts at once
