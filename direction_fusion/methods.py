@@ -59,6 +59,7 @@ class Method:
     grid:dict=field(default_factory=dict)      # hyper-parameter → values tried on validation data
     published:dict=field(default_factory=dict) # the paper's defaults where ours differ
     most:int|None=None                   # most experts that the rule takes
+    per_expert:tuple[str, ...]=()        # hyper-parameters that may be a list with one value per expert
     variant:str=''                       # which reading, where sources differ
 
     @property
@@ -95,11 +96,12 @@ def check_params(
         if n not in known: raise ValueError(f"{name} has no parameter {n!r}; choose from {', '.join(known) or 'none'}")
         r = method.ranges.get(n)
         if r is None: continue
-        if isinstance(r[0], str):
-            if v not in r: raise ValueError(f"`{n}` of {name} must be one of {', '.join(r)}, got {v!r}")
-        elif isinstance(v, bool) or not isinstance(v, int | float):
-            raise ValueError(f"`{n}` of {name} must be a number, got {v!r}")
-        elif not r[0] <= v <= r[1]: raise ValueError(f"`{n}` of {name} must be in [{r[0]}, {r[1]}], got {v}")
+        for x in v if n in method.per_expert and isinstance(v, list | tuple) else [v]:
+            if isinstance(r[0], str):
+                if x not in r: raise ValueError(f"`{n}` of {name} must be one of {', '.join(r)}, got {x!r}")
+            elif isinstance(x, bool) or not isinstance(x, int | float):
+                raise ValueError(f"`{n}` of {name} must be a number, got {x!r}")
+            elif not r[0] <= x <= r[1]: raise ValueError(f"`{n}` of {name} must be in [{r[0]}, {r[1]}], got {x}")
     return known | dict(params)
 
 # %% ../nbs/08_methods.ipynb #cfb54188
@@ -197,22 +199,26 @@ METHODS |= dict(
 METHODS |= dict(
     ties=Method(
         'TIES', 'sparse', 'Yadav et al. 2023, arXiv:2306.01708, algorithm 1', rule=ties, survey=ties_survey,
-        scan=ties_scan, chunk='entry', cost='T·d_out·d_in',
+        scan=ties_scan, chunk='entry', per_expert=('density',), cost='T·d_out·d_in',
         ranges=dict(density=_share, lam=_any, scope=SCOPES, weigh=WEIGH), grid=_MEAN,
         variant='threshold over the whole task vector; scope=tensor as mergekit and PEFT; '
                 'weigh=before as mergekit, after as PEFT'),
     dare=Method(
-        'DARE', 'sparse', 'Yu et al. 2023, arXiv:2311.03099, §3.1', rule=dare, random=True, order_free=False, cost='T·d_out·d_in',
+        'DARE', 'sparse', 'Yu et al. 2023, arXiv:2311.03099, §3.1', rule=dare, random=True, per_expert=('p',),
+        order_free=False, cost='T·d_out·d_in',
         ranges=dict(p=(0, .999), rescale=RESCALE, combine=COMBINE, lam=_any), grid=_SUM,
         variant='rescaled by 1/(1 − p); rescale=l1 as mergekit. The order of experts decides which mask each draws'),
     della=Method(
-        'DELLA', 'sparse', 'Deep et al. 2024, arXiv:2406.11617', rule=della, random=True, order_free=False,
+        'DELLA', 'sparse', 'Deep et al. 2024, arXiv:2406.11617', rule=della, random=True, per_expert=('p', 'epsilon'),
+        order_free=False,
         cost='T·d_out·d_in·log d_in', ranges=dict(p=(0, .999), epsilon=_share, grain=GRAINS, rescale=RESCALE, combine=COMBINE,
         lam=_any), grid=_MEAN,
         variant='ε is the full width, mergekit\'s epsilon half of it; rescale=l1 as mergekit. '
                 'The order decides which mask each draws'),
     breadcrumbs=Method(
-        'Model Breadcrumbs', 'sparse', 'Davari and Belilovsky 2023, arXiv:2312.06795', rule=breadcrumbs, cost='T·d_out·d_in',
+        'Model Breadcrumbs', 'sparse', 'Davari and Belilovsky 2023, arXiv:2312.06795', rule=breadcrumbs,
+        per_expert=('density', 'gamma'),
+        cost='T·d_out·d_in',
         ranges=dict(density=_share, gamma=_share, combine=COMBINE, lam=_any), grid=_SUM,
         variant='shares of each tensor; combine=ties as mergekit\'s breadcrumbs_ties'),
     magmax=Method(

@@ -8,7 +8,7 @@ __all__ = ['WEIGH', 'SCOPES', 'RESCALE', 'COMBINE', 'kth_magnitude', 'thresholds
            'magmax_add', 'magmax_merged', 'sce', 'energy_weights']
 
 # %% ../nbs/05_sparse.ipynb #01aa9f9a
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 from .soup import vectors
@@ -31,7 +31,7 @@ def _digit(counts:Tensor, k:Tensor)->tuple[Tensor, Tensor]: # (T, bins) → (T,)
 
 def kth_magnitude(
     pieces:Callable[[], Iterable[Tensor]], # each call a fresh pass over T vectors in pieces (T, *shape)
-    k:Callable[[int], int]                 # number of entries of a vector → the rank from above, 1 for the largest
+    k:Callable[[int], int|list[int]]       # number of entries → rank from above, 1 for the largest; or one rank per vector
 )->Tensor:                                 # (T,) the k-th largest |x| of each vector; float64 if any piece is, else float32
     "Exact k-th largest magnitude of each of T vectors, by counting bits."
     rows = lambda: (x.reshape(len(x), -1) for x in pieces())
@@ -41,10 +41,12 @@ def kth_magnitude(
         elif n + x.shape[1] <= few: held.append(x)
         else: high, held = sum(_count(y, few, lambda t, b: b >> 16) for y in (*held, x)), None
         n, wide = n + x.shape[1], x.dtype if n == 0 else torch.promote_types(wide, x.dtype)
-    r = min(max(k(n), 1), n)
+    ranks = [min(max(r, 1), n) for r in (k(n) if isinstance(k(n), list) else [k(n)])]
     wide = torch.promote_types(wide, torch.float32)
-    if held is not None: return torch.cat([x.to(wide) for x in held], 1).abs().kthvalue(n - r + 1).values
-    head, rank = _digit(high, torch.full_like(high[:, 0], r))
+    if held is not None:
+        V = torch.cat([x.to(wide) for x in held], 1).abs()
+        return torch.stack([v.kthvalue(n - r + 1).values for v, r in zip(V, ranks * (len(V) // len(ranks)))])
+    head, rank = _digit(high, high.new_tensor(ranks).expand(len(high)))
     for x in rows(): low = low + _count(x, 2**16, lambda t, b: b[b >> 16 == head[t]] & 0xffff)
     tail, rank = _digit(low, rank)
     key = (head << 16 | tail).int()
@@ -58,12 +60,16 @@ def _check_share(name:str, value:float)->None: # a share of the entries
 
 def thresholds(
     pieces:Callable[[], Iterable[Tensor]], # each call a fresh pass over T vectors in pieces (T, *shape)
-    density:float=.2                       # share of entries that survive, 0 to 1
+    density:float|Sequence[float]=.2       # share of entries that survive, 0 to 1; or one share per vector
 )->Tensor:                                 # (T,) smallest magnitude that survives; infinite for density 0
     "Magnitude of entry ⌊density·n⌋ from above, of each vector."
-    _check_share('density', density)
-    if density in (0, 1): return torch.full((len(next(iter(pieces()))),), 0. if density else torch.inf)
-    return kth_magnitude(pieces, lambda n: int(density * n))
+    each = [density] if isinstance(density, int | float) else list(density)
+    for d in each: _check_share('density', d)
+    if not isinstance(density, int | float) and len(each) != (T := len(next(iter(pieces())))):
+        raise ValueError(f"`density` must be one number or one per expert ({T}), got {len(each)}")
+    if set(each) in ({0}, {1}): return torch.full((len(next(iter(pieces()))),), 0. if each[0] else torch.inf)
+    cut = kth_magnitude(pieces, lambda n: [int(d * n) for d in each])
+    return torch.where(cut.new_tensor(each) == 0, torch.inf, torch.where(cut.new_tensor(each) == 1, 0., cut))
 
 def trim(
     deltas:Tensor,              # (T, *shape)
@@ -87,12 +93,14 @@ def _weights(weights:Tensor|None, deltas:Tensor)->list[float]: # one per expert,
     if (weights < 0).any(): raise ValueError(f"`weights` must be at least 0, got {weights.tolist()}")
     return weights.tolist()
 
-def _elect(x:Tensor, w:list[float], votes:list[float])->Tensor: # (T, n) survivors, overwritten → (n,)
+def _elect(x:Tensor, w:list[float], votes:list[float], mean:bool)->Tensor: # (T, n) survivors, overwritten → (n,)
     mass, total, out = (torch.zeros(x.shape[1], dtype=t, device=x.device) for t in (torch.float64, x.dtype, x.dtype))
     for c, d in zip(votes, x): mass.add_(d, alpha=c)
     gamma = mass.sign_().to(x.dtype)
     x.mul_(gamma).clamp_min_(0)                              # what agrees, as magnitudes
-    for c, d in zip(w, x): out.add_(d, alpha=c); total.add_(d.sign_(), alpha=c)
+    for c, d in zip(w, x):
+        out.add_(d, alpha=c)
+        if mean: total.add_(d.sign_(), alpha=c)
     return out.mul_(gamma).div_(torch.where(total > 0, total, 1))
 
 def elect_mean(
@@ -100,7 +108,8 @@ def elect_mean(
     weights:Tensor|None=None,   # (T,) weights ≥ 0, equal by default
     weigh:str='before',         # weights count in election and mean ('before', mergekit) or in the mean alone ('after', PEFT)
     least:Tensor|None=None,     # (T,) smallest magnitude of each delta that counts: trims on the way
-    kept:Tensor|None=None       # (*shape) bool: the entries that count
+    kept:Tensor|None=None,      # (*shape) bool: the entries that count
+    mean:bool=True              # False: their weighted sum (mergekit's `normalize: false`)
 )->Tensor:                      # (*shape); zero where the signs cancel
     "Weighted mean of the deltas that carry the elected sign (arXiv:2306.01708, §3, steps 2–3)."
     if weigh not in WEIGH: raise ValueError(f"`weigh` must be one of {', '.join(WEIGH)}, got {weigh!r}")
@@ -111,7 +120,7 @@ def elect_mean(
         x = block[:, :v.shape[1]]
         if least is None and kept is None: x.copy_(v)
         else: torch.where(v.abs() >= least[:, None] if kept is None else kept.reshape(-1)[s], v, zero, out=x)
-        out[s] = _elect(x, w, w if weigh == 'before' else [1.] * len(w))
+        out[s] = _elect(x, w, w if weigh == 'before' else [1.] * len(w), mean)
     return out.reshape(deltas.shape[1:])
 
 # %% ../nbs/05_sparse.ipynb #24ac97c2
@@ -119,7 +128,7 @@ SCOPES = 'model', 'tensor'
 
 def ties_survey(
     params:Callable[[], Iterable[tuple[str, Tensor]]], # each call a fresh pass over (k, deltas (T, *shape))
-    density:float=.2,   # share of entries that survive, 0 to 1
+    density:float|Sequence[float]=.2, # share of entries that survive, 0 to 1; or one per expert
     scope:str='model'   # 'model': a share of each whole task vector; 'tensor': of each parameter
 )->Tensor|None:         # (T,) smallest magnitude that survives in each task vector; None for scope 'tensor'
     "Thresholds of whole task vectors."
@@ -128,7 +137,7 @@ def ties_survey(
 
 def ties_scan(
     pieces:Callable,    # () → iterator of (deltas (T, …), base) over one parameter
-    density:float=.2,   # share of entries that survive, 0 to 1
+    density:float|Sequence[float]=.2, # share of entries that survive, 0 to 1; or one per expert
     scope:str='model'   # as in `ties_survey`
 )->Tensor|None:         # (T,) smallest magnitude that survives; None for scope 'model'
     "Thresholds of one parameter that is read in pieces."
@@ -139,16 +148,17 @@ def ties(
     weights:Tensor|None=None,   # (T,) weights ≥ 0, equal by default
     survey:Tensor|None=None,    # (T,) thresholds of `ties_survey`; None: those of this parameter
     scan:Tensor|None=None,      # (T,) thresholds of `ties_scan`, where `deltas` are a piece of the parameter
-    density:float=.2,           # share of entries that survive, 0 to 1
+    density:float|Sequence[float]=.2, # share of entries that survive, 0 to 1; or one per expert
     lam:float=1.,               # scale of the merged delta
     scope:str='model',          # 'model' (paper) or 'tensor' (mergekit, PEFT)
-    weigh:str='before'          # as in `elect_mean`
+    weigh:str='before',         # as in `elect_mean`
+    normalize:bool=True         # False: the sum of what agrees, not its mean
 )->Tensor:                      # (*shape) merged delta
     "λ·elect_mean(trim(Δ)) (arXiv:2306.01708, algorithm 1)."
     if scope not in SCOPES: raise ValueError(f"`scope` must be one of {', '.join(SCOPES)}, got {scope!r}")
     least = survey if scope == 'model' else scan
     least = (thresholds(lambda: [deltas], density) if least is None else least).to(deltas.device)
-    return lam * elect_mean(deltas, weights, weigh, least)
+    return lam * elect_mean(deltas, weights, weigh, least, mean=normalize)
 
 # %% ../nbs/05_sparse.ipynb #1aa15a1f
 RESCALE = 'expectation', 'l1', 'none'
@@ -169,11 +179,11 @@ def _survivors(deltas, keep, generator, rescale, out): # of each expert, in its 
     if rescale not in RESCALE: raise ValueError(f"`rescale` must be one of {', '.join(RESCALE)}, got {rescale!r}")
     for t, d in enumerate(deltas):
         o = out[t] if out.ndim > d.ndim else out
-        yield o, _survive(d, keep[t] if isinstance(keep, Tensor) else keep, generator, rescale, o)
+        yield o, _survive(d, keep if isinstance(keep, int | float) else keep[t], generator, rescale, o)
 
 def drop(
     deltas:Tensor,              # (T, *shape)
-    keep:float|Tensor,          # probability that an entry survives: a number, or (T, *shape)
+    keep:float|list[float]|Tensor, # probability that an entry survives: a number, one per expert, or (T, *shape)
     generator:torch.Generator,  # source of all draws
     rescale:str='expectation'   # survivors: over their probability; 'l1': to the tensor's L1 norm; 'none'
 )->Tensor:                      # (T, *shape) with dropped entries zero
@@ -183,59 +193,70 @@ def drop(
     return out
 
 # %% ../nbs/05_sparse.ipynb #2bbccdbb
-COMBINE = 'sum', 'ties'
+COMBINE = 'sum', 'mean', 'ties', 'ties_sum' # 'mean' divides by Σ w_t, 'ties_sum' sums what agrees
+
+def _each(name:str, v, T:int)->list[float]: # one value per expert
+    each = [v] * T if isinstance(v, int | float) else list(v)
+    if len(each) != T: raise ValueError(f"`{name}` must be one number or one per expert ({T}), got {len(each)}")
+    return each
 
 def _combined(deltas, weights, combine, lam): # (T, *shape) → (*shape)
-    if combine == 'ties': return lam * elect_mean(deltas, weights)
-    out = torch.zeros_like(deltas[0], memory_format=torch.contiguous_format)
-    for c, d in zip(_weights(weights, deltas), deltas): out.add_(d, alpha=c)
-    return out.mul_(lam)
+    if combine.startswith('ties'): return lam * elect_mean(deltas, weights, mean=combine == 'ties')
+    out, w = torch.zeros_like(deltas[0], memory_format=torch.contiguous_format), _weights(weights, deltas)
+    for c, d in zip(w, deltas): out.add_(d, alpha=c)
+    return out.mul_(lam / (sum(w) or 1.) if combine == 'mean' else lam)
 
 def _dropped(deltas, keep, generator, rescale, weights, combine, lam): # drop, then combine; a sum needs room for one expert only
     if combine not in COMBINE: raise ValueError(f"`combine` must be one of {', '.join(COMBINE)}, got {combine!r}")
-    if combine == 'ties': return lam * elect_mean(drop(deltas, keep, generator, rescale), weights)
+    if combine.startswith('ties'):
+        return lam * elect_mean(drop(deltas, keep, generator, rescale), weights, mean=combine == 'ties')
     out, one = (torch.zeros_like(deltas[0], memory_format=torch.contiguous_format) for _ in range(2))
-    for w, (d, c) in zip(_weights(weights, deltas), _survivors(deltas, keep, generator, rescale, one)): out.add_(d, alpha=w * c)
-    return out.mul_(lam)
+    ws = _weights(weights, deltas)
+    for w, (d, c) in zip(ws, _survivors(deltas, keep, generator, rescale, one)): out.add_(d, alpha=w * c)
+    return out.mul_(lam / (sum(ws) or 1.) if combine == 'mean' else lam)
 
 def dare(
     deltas:Tensor,              # (T, *shape)
     generator:torch.Generator,  # source of all draws
     weights:Tensor|None=None,   # (T,) weights ≥ 0, one by default
-    p:float=.9,                 # probability that an entry is dropped, 0 ≤ p < 1
+    p:float|Sequence[float]=.9, # probability that an entry is dropped, 0 ≤ p < 1; or one per expert
     rescale:str='expectation',  # as in `drop`; 'l1' is mergekit's
-    combine:str='sum',          # 'sum' (task arithmetic) or 'ties' (elect and mean)
+    combine:str='sum',          # 'sum' (task arithmetic), 'mean', 'ties' (elect and mean) or 'ties_sum'
     lam:float=.3                # scale of the merged delta
 )->Tensor:                      # (*shape) merged delta
     "λ·Σ m_t ⊙ Δ_t/(1 − p) (arXiv:2311.03099, §3.1)."
-    if not 0 <= p < 1: raise ValueError(f"`p` must be in [0, 1), got {p}")
-    return _dropped(deltas, 1 - p, generator, rescale, weights, combine, lam)
+    ps = _each('p', p, len(deltas))
+    if not all(0 <= q < 1 for q in ps): raise ValueError(f"`p` must be in [0, 1), got {p}")
+    return _dropped(deltas, [1 - q for q in ps], generator, rescale, weights, combine, lam)
 
 # %% ../nbs/05_sparse.ipynb #5921d64c
 def keep_probabilities(
     deltas:Tensor,      # (T, *shape)
-    p:float=.3,         # mean probability that an entry is dropped
-    epsilon:float=.14,  # width of the range of probabilities
+    p:float|Sequence[float]=.3,        # mean probability that an entry is dropped; or one per expert
+    epsilon:float|Sequence[float]=.14, # width of the range of probabilities; or one per expert
     grain:str='row'     # ranked within each 'row' (paper) or 'tensor'
 )->Tensor:              # (T, *shape) in [1 − p − ε/2, 1 − p + ε/2]
     "1 − p_i by rank of magnitude (arXiv:2406.11617, step Drop)."
-    if not (epsilon >= 0 and p - epsilon / 2 >= 0 and p + epsilon / 2 < 1):
-        raise ValueError(f"`p` ± `epsilon`/2 must lie in [0, 1), got {p} ± {epsilon}/2")
+    ps, es = _each('p', p, len(deltas)), _each('epsilon', epsilon, len(deltas))
+    for q, e in zip(ps, es):
+        if not (e >= 0 and q - e / 2 >= 0 and q + e / 2 < 1):
+            raise ValueError(f"`p` ± `epsilon`/2 must lie in [0, 1), got {q} ± {e}/2")
     V = vectors(deltas, grain)
     n = V.shape[2]
     order = V.abs().argsort(dim=2, descending=True, stable=True)
     r = torch.arange(n, dtype=deltas.dtype, device=deltas.device) / (n - 1) if n > 1 else deltas.new_full((1,), .5)
-    return (1 - p + epsilon / 2 - epsilon * torch.empty_like(V).scatter_(2, order, r.expand(V.shape))).reshape(deltas.shape)
+    q, e = (V.new_tensor(x)[:, None, None] for x in (ps, es))
+    return (1 - q + e / 2 - e * torch.empty_like(V).scatter_(2, order, r.expand(V.shape))).reshape(deltas.shape)
 
 def della(
     deltas:Tensor,              # (T, *shape)
     generator:torch.Generator,  # source of all draws
     weights:Tensor|None=None,   # (T,) weights ≥ 0, one by default
-    p:float=.3,                 # mean probability that an entry is dropped
-    epsilon:float=.14,          # width of the range of probabilities; p ± ε/2 in [0, 1)
+    p:float|Sequence[float]=.3, # mean probability that an entry is dropped; or one per expert
+    epsilon:float|Sequence[float]=.14, # width of the range of probabilities; p ± ε/2 in [0, 1); or one per expert
     grain:str='row',            # ranked within each 'row' (paper) or 'tensor'
     rescale:str='expectation',  # as in `drop`; 'l1' is mergekit's
-    combine:str='ties',         # 'ties' (elect and mean, the paper's) or 'sum'
+    combine:str='ties',         # 'ties' (elect and mean, the paper's), 'ties_sum', 'sum' or 'mean'
     lam:float=1.1               # scale of the merged delta
 )->Tensor:                      # (*shape) merged delta
     "λ·elect_mean(m ⊙ Δ/(1 − p_i)) (arXiv:2406.11617)."
@@ -244,24 +265,25 @@ def della(
 # %% ../nbs/05_sparse.ipynb #df039478
 def breadcrumbs_mask(
     deltas:Tensor,      # (T, *shape)
-    density:float=.15,  # share of entries that survive, 0 to 1
-    gamma:float=.007    # share of entries that are outliers, 0 to 1
+    density:float|Sequence[float]=.15,  # share of entries that survive, 0 to 1; or one per expert
+    gamma:float|Sequence[float]=.007    # share of entries that are outliers, 0 to 1; or one per expert
 )->Tensor:              # (T, *shape) bool
     "Whether an entry survives: neither among the smallest nor among the largest."
-    for name, v in [('density', density), ('gamma', gamma)]: _check_share(name, v)
-    if density == 0: return torch.zeros_like(deltas, dtype=torch.bool)
-    n = deltas[0].numel()
-    k = max(1, int(density * n))
-    top = min(int(gamma * n), n - k)
-    low, high = (kth_magnitude(lambda: [deltas], lambda n: r).reshape(-1, *[1] * (deltas.ndim - 1)) for r in (top + k, top + 1))
-    return (deltas.abs() >= low) & (deltas.abs() <= high)
+    n, each = deltas[0].numel(), list(zip(_each('density', density, len(deltas)), _each('gamma', gamma, len(deltas))))
+    for d, g in each: _check_share('density', d); _check_share('gamma', g)
+    k = [max(1, int(d * n)) for d, _ in each]
+    top = [min(int(g * n), n - r) for r, (_, g) in zip(k, each)]
+    wide = lambda x: x.reshape(-1, *[1] * (deltas.ndim - 1))
+    ranks = [a + b for a, b in zip(top, k)], [a + 1 for a in top]
+    low, high = (wide(kth_magnitude(lambda: [deltas], lambda n: r)) for r in ranks)
+    return (deltas.abs() >= low) & (deltas.abs() <= high) & wide(low.new_tensor([d > 0 for d, _ in each])).bool()
 
 def breadcrumbs(
     deltas:Tensor,              # (T, *shape)
     weights:Tensor|None=None,   # (T,) weights ≥ 0, one by default
-    density:float=.15,          # share of entries that survive, 0 to 1
-    gamma:float=.007,           # share of entries that are outliers, 0 to 1
-    combine:str='sum',          # 'sum' (paper) or 'ties' (mergekit's breadcrumbs_ties)
+    density:float|Sequence[float]=.15, # share of entries that survive, 0 to 1; or one per expert
+    gamma:float|Sequence[float]=.007,  # share of entries that are outliers, 0 to 1; or one per expert
+    combine:str='sum',          # 'sum' (paper), 'mean', or 'ties', 'ties_sum' (mergekit's breadcrumbs_ties)
     lam:float=.3                # scale of the merged delta
 )->Tensor:                      # (*shape) merged delta
     "λ·Σ m_t ⊙ Δ_t (arXiv:2312.06795)."

@@ -24,15 +24,8 @@ with np.load(GOLDEN/'recipes.npz') as f:
 # What no method here can express yet: refused by name, so that no file gives other numbers than its author saw
 PENDING = dict(
     nuslerp_columns='`nuslerp_row_wise: true` is not supported',
-    ties_each='a `density` of ties that differs from model to model is not supported',
-    ties_sum='`normalize: false` of ties is not supported',
     ties_signed='`weight` of llama-y must be at least 0 with ties, got -0.4',
-    ties_rescaled='`rescale: true` of ties is not supported',
-    breadcrumbs_each='a `density` of breadcrumbs that differs from model to model is not supported',
-    breadcrumbs_mean='`normalize: true` of breadcrumbs is not supported',
-    breadcrumbs_ties_sum='`normalize: false` of breadcrumbs_ties is not supported',
-    dare_linear_mean='`normalize: true` of dare_linear is not supported',
-    dare_ties_sum='`normalize: false` of dare_ties is not supported')
+    ties_rescaled='`rescale: true` of ties is not supported')
 
 
 def state(source): return {k: torch.from_numpy(v) for k, v in golden.model(source).items()}
