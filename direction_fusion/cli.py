@@ -122,7 +122,11 @@ def _bar(what:str): # a progress bar on the terminal; gives a function (done, to
     columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try: yield lambda done, total: bar.update(task, completed=done, total=total)
+        except KeyboardInterrupt:
+            bar.stop()
+            print('\nstopped; nothing is half done: the same command goes on from here', file=sys.stderr)
+            raise
 
 # %% ../nbs/30_cli.ipynb #6614097e
 @app.command()

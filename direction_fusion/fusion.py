@@ -316,7 +316,7 @@ def unpack_state(
     out = {}
     for key, v in tensors.items():
         k, _, s = key.rpartition('|')
-        out.setdefault(k, {})[s] = float(v) if s == 'weight' else v
+        out.setdefault(k, {})[s] = float(v) if s == 'weight' else v.clone() # in memory of its own: libraries round by alignment
     return out
 
 # %% ../nbs/09_fusion.ipynb #a7e5606e
@@ -353,4 +353,5 @@ def load_fusion(
     fusion = Fusion(base, about['method'], about['roles'], about['heads'], about['seed'], **about['params'])
     for a in _KEPT: setattr(fusion, a, about[a])
     fusion.states = unpack_state(tensors)
+    fusion.states |= {k: fusion.states[o] for k, o in about.get('copies', {}).items() if o in fusion.states} # tied on disk
     return fusion

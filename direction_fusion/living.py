@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from .checkpoints import Checkpoint, check_checkpoints, open_checkpoint, raw
-from .core import atomic_path, compute_dtype, fingerprint
+from .adapters import open_expert
+from .checkpoints import Checkpoint, check_checkpoints, match_names, open_checkpoint, raw
+from .core import _some, atomic_path, compute_dtype, fingerprint
 from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, step_state, unpack_state
 from .methods import METHODS, accepted
-from .streaming import DTYPES, fitted, n_cores, one_thread, read_deltas, run_all, tally
+from .streaming import DTYPES, fitted, n_cores, one_thread, read_deltas, run_all, shared_names, tally
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 
 # %% ../nbs/26_living.ipynb #882cb7a7
@@ -89,14 +90,21 @@ def read_about(
         with safe_open(path, 'pt') as f: about = json.loads((f.metadata() or {}).get('direction_fusion', '{}'))
     except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}); restore it, or fold the experts again") from None
     if about.get('format') != 2: raise ValueError(f"{path} holds no fusion state of format 2; fold the experts again")
-    return about
+    return dict(copies={}, source=None) | about
 
 def _base_of(about:dict, base, folder)->Checkpoint: # the base of a living fusion, or an error
+    if not (base or about['source']): raise ValueError(f"{folder} does not say where its base lies: pass `base`")
     base = base if isinstance(base, Checkpoint) else open_checkpoint(base or about['source'])
     if (got := fingerprint(base)) != about['base']:
         raise ValueError(f"{folder} was made with a base of fingerprint {about['base']}, {base.name} has {got}: "
                          "pass the base it was made with")
     return base
+
+def _moved(about:Mapping)->list[str]: # the parameters that have a state of their own
+    return [k for k in moving(about['roles'], about['heads']) if k not in about['copies']]
+
+def _called(e:Checkpoint)->str: # last part of what the user gave: a hub's folder is named by a commit, an adapter's is its base's
+    return (Path(e.name).name if Path(e.name).suffix not in ('.safetensors', '.bin') else '') or e.path.resolve().name
 
 def _steps(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, weight:float, remove:bool, threads:int):
     "(k, state, ‖Δ‖², ‖merged‖²) for every parameter that moves, in the base's order."
@@ -111,7 +119,7 @@ def _steps(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, weight:f
                            None, remove)
         merged = state_delta(m, about['params'], k, state, b, role, about['seed']) if m.rescale else torch.zeros(1)
         return k, state, *(float(x.double().square().sum()) for x in (delta, merged))
-    yield from ordered(step, moving(about['roles'], about['heads']), threads)
+    yield from ordered(step, _moved(about), threads)
 
 # %% ../nbs/26_living.ipynb #24dd2f82
 _LISTS = 'names', 'weights', 'ids', 'norms' # what a fusion knows of each expert
@@ -121,7 +129,7 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
     "Write the next state: without expert `i`, or with one more, whose name, weight and fingerprint are `entry`."
     m, new = METHODS[about['method']], dict(about)
     weight, squares, merged = about['weights'][i] if i is not None else entry[1], 0., 0.
-    count = tally(sum(base.meta[k].nbytes for k in moving(about['roles'], about['heads'])), advance)
+    count = tally(sum(base.meta[k].nbytes for k in _moved(about)), advance)
     with atomic_path(folder/STATE) as tmp:
         f = TensorFile(tmp, 4 * len(about['roles']), {}, 4096 + 2 * len(json.dumps(about)))
         for k, state, dd, mm in _steps(about, base, expert, folder, weight, i is not None, threads):
@@ -164,13 +172,20 @@ def add_expert(
             base = base if isinstance(base, Checkpoint) else open_checkpoint(base)
             about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
-        expert = expert if isinstance(expert, Checkpoint) else open_checkpoint(expert)
-        name = name or expert.path.name
+        expert = match_names(base, open_expert(expert, base))
+        name = name or _called(expert)
         if name in about['names']: raise ValueError(f"{name!r} has been added already; experts: {', '.join(about['names'])}")
         if weight != 1 and not accepted(m, 'weight'):
             raise ValueError(f"{about['method']!r} does not weigh experts; leave `weight` at 1")
-        check_checkpoints(base, [expert])
-        return _change(about, base, expert, folder, None, (name, weight, fingerprint(expert)), threads, advance)
+        copies = shared_names(base, check_checkpoints(base, [expert]))
+        if not about['names']: about['copies'] = copies
+        if copies != about['copies']:
+            tied = lambda x: _some(x) or 'nothing'
+            raise ValueError(f"{name!r} ties {tied(copies)}, the experts before it {tied(about['copies'])}; "
+                             "fuse models that tie and models that do not apart")
+        if (i := fingerprint(expert)) in about['ids']:
+            raise ValueError(f"{name!r} holds the weights of {about['names'][about['ids'].index(i)]!r}, which has been added already")
+        return _change(about, base, expert, folder, None, (name, weight, i), threads, advance)
 
 # %% ../nbs/26_living.ipynb #e888abf2
 def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mapping)->dict: # an empty fusion
@@ -181,7 +196,7 @@ def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mappi
     roles = roles_of(base.meta, roles)
     moving(roles, heads)
     return dict(format=2, method=name, params=params, seed=seed, heads=heads, roles=roles, base=fingerprint(base),
-                source=str(base.path.resolve()), names=[], weights=[], ids=[], norms=[], scale=1.)
+                source=str(base.path.resolve()), copies={}, names=[], weights=[], ids=[], norms=[], scale=1.)
 
 # %% ../nbs/26_living.ipynb #6363f6b8
 def remove_expert(
@@ -200,8 +215,8 @@ def remove_expert(
             raise ValueError(f"{about['method']!r} cannot take an expert out; methods that can: "
                              f"{', '.join(n for n, m in METHODS.items() if m.remove)}")
         base = _base_of(about, base, folder)
-        expert = expert if isinstance(expert, Checkpoint) else open_checkpoint(expert)
-        name = name or expert.path.name
+        expert = match_names(base, open_expert(expert, base))
+        name = name or _called(expert)
         if name not in about['names']:
             raise ValueError(f"{name!r} is not in this fusion; experts: {', '.join(about['names']) or 'none'}")
         i = about['names'].index(name)
@@ -230,9 +245,10 @@ def export_fusion(
     for key in old: held.setdefault(key.rpartition('|')[0], []).append(key)
     def write(k):
         b = base[k]
-        if k in held:
-            state = unpack_state({key: old[key] for key in held[k]})[k]
-            delta = state_delta(m, about['params'], k, state, b.to(compute_dtype(b)), about['roles'][k], about['seed'])
+        o = about['copies'].get(k, k) # what is tied moves with its owner
+        if o in held:
+            state = unpack_state({key: old[key] for key in held[o]})[o]
+            delta = state_delta(m, about['params'], o, state, b.to(compute_dtype(b)), about['roles'][o], about['seed'])
             b = b.double().add_(about['scale'] * delta.double())
         w.write(k, 0, fitted(b, kind(k), k).reshape(base.meta[k].shape or (1,))); w.finish(k); count(base.meta[k].nbytes)
     with ShardWriter(check_out(out, overwrite, [base.path, folder]), {k: (kind(k), x.shape) for k, x in base.meta.items()},
@@ -242,5 +258,5 @@ def export_fusion(
         model_card(w.part, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'])
         inputs = [dict(role='base', name=base.path.name, fingerprint=about['base']),
                   *(dict(role='expert', name=n, fingerprint=i) for n, i in zip(about['names'], about['ids']))]
-        return manifest(w.part, inputs, w.digests, about['method'], about['params'], None, weights=about['weights'],
-                        seed=about['seed'], dtype=dtype or 'base')
+        return manifest(w.part, inputs, {k: w.digests[k] for k in w.plan}, about['method'], about['params'], None,
+                        weights=about['weights'], seed=about['seed'], dtype=dtype or 'base')

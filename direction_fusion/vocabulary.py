@@ -226,6 +226,8 @@ def match_tokens(
         return RowMatch(mode, {}, max(tables.values(), default=0), [None] * len(models), [[] for _ in models])
     own, toks = read_tokenizer(base.path), []
     sizes = [token_parameters(m)[0] for m in models]
+    if not all(sizes): # no table at all is another architecture: `check_checkpoints` says so by name
+        return RowMatch(mode, {}, sizes[0], [None] * len(models), [[] for _ in models])
     for m, size in zip(models, sizes):
         tok = read_tokenizer(m.path)
         if size != sizes[0] and (tok is None or own is None):
