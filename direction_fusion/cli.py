@@ -199,7 +199,7 @@ def add(
     name:Annotated[str|None, typer.Option(help="how the expert is called; its folder's name unless said")]=None,
     param:Annotated[list[str]|None, typer.Option('--param', '-p', help='hyper-parameter of a new fusion')]=None,
     weight:Annotated[float, typer.Option(help='for methods that weigh experts')]=1.,
-    heads:Annotated[str|None, typer.Option(help='task heads, of a new fusion: refuse, base or fuse')]=None,
+    heads:Annotated[str|None, typer.Option(help='task heads, of a new fusion: refuse, base, fuse or keep')]=None,
     threads:Annotated[int, typer.Option(help='side by side; 0: one per core')]=0,
 ):
     "Fold one more expert into a living fusion."

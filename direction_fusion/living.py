@@ -9,6 +9,7 @@ __all__ = ['STATE', 'TensorFile', 'locked', 'ordered', 'read_about', 'add_expert
 import fcntl
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from .adapters import open_expert
-from .checkpoints import Checkpoint, check_checkpoints, match_names, open_checkpoint, raw
+from .checkpoints import Checkpoint, View, check_checkpoints, match_names, open_checkpoint, raw
 from .core import _some, atomic_path, compute_dtype, fingerprint
 from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, step_state, unpack_state
 from .methods import METHODS, accepted
 from .streaming import DTYPES, fitted, n_cores, one_thread, read_deltas, run_all, shared_names, tally
+from .vocabulary import split_heads, without_heads
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 
 # %% ../nbs/26_living.ipynb #882cb7a7
@@ -90,11 +92,12 @@ def read_about(
         with safe_open(path, 'pt') as f: about = json.loads((f.metadata() or {}).get('direction_fusion', '{}'))
     except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}); restore it, or fold the experts again") from None
     if about.get('format') != 2: raise ValueError(f"{path} holds no fusion state of format 2; fold the experts again")
-    return dict(copies={}, source=None) | about
+    return dict(copies={}, source=None, keep=False) | about
 
 def _base_of(about:dict, base, folder)->Checkpoint: # the base of a living fusion, or an error
     if not (base or about['source']): raise ValueError(f"{folder} does not say where its base lies: pass `base`")
     base = base if isinstance(base, Checkpoint) else open_checkpoint(base or about['source'])
+    if about['keep']: base = without_heads(base)
     if (got := fingerprint(base)) != about['base']:
         raise ValueError(f"{folder} was made with a base of fingerprint {about['base']}, {base.name} has {got}: "
                          "pass the base it was made with")
@@ -106,6 +109,7 @@ def _moved(about:Mapping)->list[str]: # the parameters that have a state of thei
 def _called(e:Checkpoint)->str: # last part of what the user gave: a hub's folder is named by a commit, an adapter's is its base's
     return (Path(e.name).name if Path(e.name).suffix not in ('.safetensors', '.bin') else '') or e.path.resolve().name
 
+# %% ../nbs/26_living.ipynb #db19d351
 def _steps(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, weight:float, remove:bool, threads:int):
     "(k, state, ‖Δ‖², ‖merged‖²) for every parameter that moves, in the base's order."
     m, held, old = METHODS[about['method']], {}, open_checkpoint(folder/STATE) if about['names'] else {}
@@ -144,6 +148,20 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
     return new
 
 # %% ../nbs/26_living.ipynb #98725b97
+def _check_new(about:dict, base:Checkpoint, expert:Checkpoint, name:str)->str: # fingerprint of an expert that may join
+    if name in about['names']: raise ValueError(f"{name!r} has been added already; experts: {', '.join(about['names'])}")
+    copies = shared_names(base, check_checkpoints(base, [expert]))
+    if not about['names']: about['copies'] = copies
+    if copies != about['copies']:
+        tied = lambda x: _some(x) or 'nothing'
+        raise ValueError(f"{name!r} ties {tied(copies)}, the experts before it {tied(about['copies'])}; "
+                         "fuse models that tie and models that do not apart")
+    if (i := fingerprint(expert)) in about['ids']:
+        same = about['names'][about['ids'].index(i)]
+        raise ValueError(f"{name!r} holds the weights of {same!r}, which has been added already")
+    return i
+
+# %% ../nbs/26_living.ipynb #21945c8c
 def add_expert(
     folder:str|os.PathLike,            # of the living fusion; made if need be
     expert:str|Checkpoint,             # folder, file or hub name
@@ -152,7 +170,7 @@ def add_expert(
     name:str|None=None,                # how the expert is called; its folder's name by default
     weight:float=1.,                   # for methods that weigh experts
     roles:Mapping[str, str]|None=None, # of a new fusion, as in `fuse_checkpoints`
-    heads:str|None=None,               # of a new fusion: 'refuse', 'base' or 'fuse'
+    heads:str|None=None,               # of a new fusion: 'refuse', 'base', 'fuse', or 'keep': one file per expert in heads/
     seed:int|None=None,                # of a new fusion, for methods that draw
     threads:int=0,                     # side by side; 0: one per core
     advance:Callable=lambda done, total: None, # told how many bytes of the base are done
@@ -170,22 +188,17 @@ def add_expert(
         else:
             if base is None: raise ValueError(f"{folder} holds no fusion yet: the first expert needs `base`")
             base = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+            base = without_heads(base) if heads == 'keep' else base
             about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
-        expert = match_names(base, open_expert(expert, base))
-        name = name or _called(expert)
-        if name in about['names']: raise ValueError(f"{name!r} has been added already; experts: {', '.join(about['names'])}")
+        full = match_names(base, open_expert(expert, base))
+        expert, name = without_heads(full) if about['keep'] else full, name or _called(full)
         if weight != 1 and not accepted(m, 'weight'):
             raise ValueError(f"{about['method']!r} does not weigh experts; leave `weight` at 1")
-        copies = shared_names(base, check_checkpoints(base, [expert]))
-        if not about['names']: about['copies'] = copies
-        if copies != about['copies']:
-            tied = lambda x: _some(x) or 'nothing'
-            raise ValueError(f"{name!r} ties {tied(copies)}, the experts before it {tied(about['copies'])}; "
-                             "fuse models that tie and models that do not apart")
-        if (i := fingerprint(expert)) in about['ids']:
-            raise ValueError(f"{name!r} holds the weights of {about['names'][about['ids'].index(i)]!r}, which has been added already")
-        return _change(about, base, expert, folder, None, (name, weight, i), threads, advance)
+        i = _check_new(about, base, expert, name)
+        done = _change(about, base, expert, folder, None, (name, weight, i), threads, advance)
+        if about['keep']: split_heads(folder, [View(full, name=name)])
+        return done
 
 # %% ../nbs/26_living.ipynb #e888abf2
 def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mapping)->dict: # an empty fusion
@@ -193,9 +206,9 @@ def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mappi
     if m.kind != 'sequential' or m.needs:
         raise ValueError(f"{name!r} keeps no state of constant size; sequential methods: "
                          f"{', '.join(n for n, o in METHODS.items() if o.kind == 'sequential')}")
-    roles = roles_of(base.meta, roles)
+    keep, heads, roles = heads == 'keep', 'base' if heads == 'keep' else heads, roles_of(base.meta, roles)
     moving(roles, heads)
-    return dict(format=2, method=name, params=params, seed=seed, heads=heads, roles=roles, base=fingerprint(base),
+    return dict(format=2, method=name, params=params, seed=seed, heads=heads, keep=keep, roles=roles, base=fingerprint(base),
                 source=str(base.path.resolve()), copies={}, names=[], weights=[], ids=[], norms=[], scale=1.)
 
 # %% ../nbs/26_living.ipynb #6363f6b8
@@ -216,14 +229,16 @@ def remove_expert(
                              f"{', '.join(n for n, m in METHODS.items() if m.remove)}")
         base = _base_of(about, base, folder)
         expert = match_names(base, open_expert(expert, base))
-        name = name or _called(expert)
+        expert, name = without_heads(expert) if about['keep'] else expert, name or _called(expert)
         if name not in about['names']:
             raise ValueError(f"{name!r} is not in this fusion; experts: {', '.join(about['names']) or 'none'}")
         i = about['names'].index(name)
         if (got := fingerprint(expert)) != about['ids'][i]:
             raise ValueError(f"{name!r} was added with fingerprint {about['ids'][i]}, got another model, {got}; "
                              "pass the one that was added")
-        return _change(about, base, expert, folder, i, (), threads, advance)
+        done = _change(about, base, expert, folder, i, (), threads, advance)
+        if about['keep']: (folder/'heads'/f'{name}.safetensors').unlink(missing_ok=True)
+        return done
 
 # %% ../nbs/26_living.ipynb #11caec45
 def export_fusion(
@@ -255,6 +270,7 @@ def export_fusion(
                      max_shard, overwrite) as w:
         run_all([(0, partial(write, k)) for k in base], threads)
         copy_side_files(base, w.part, DTYPES.get(dtype))
+        if about['keep'] and (folder/'heads').exists(): shutil.copytree(folder/'heads', w.part/'heads')
         model_card(w.part, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'])
         inputs = [dict(role='base', name=base.path.name, fingerprint=about['base']),
                   *(dict(role='expert', name=n, fingerprint=i) for n, i in zip(about['names'], about['ids']))]
