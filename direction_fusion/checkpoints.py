@@ -37,7 +37,8 @@ def raw(
     x:Tensor, # (*shape) on the CPU
 ):            # (nbytes,) numpy array of bytes, sharing memory with `x` where `x` is contiguous
     "The bytes of `x` in row order."
-    return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    x = x.detach() if x.requires_grad else x
+    return (x if x.is_contiguous() else x.contiguous()).view(-1).view(torch.uint8).numpy()
 
 def hasher(
     dtype:torch.dtype,    # of the tensor
@@ -78,7 +79,8 @@ class Checkpoint(Mapping):
     def rows(self, k:str, i:int, j:int)->Tensor: # (j − i, *shape[1:]); a scalar is one row
         "Rows i to j − 1 of parameter `k`."
         x = self[k]
-        return (x if x.ndim else x.reshape(1))[i:j]
+        if not x.ndim: x = x.reshape(1)
+        return x if i == 0 and j == len(x) else x[i:j]
     def digest(self, k:str)->str:
         "Digest of parameter `k`."
         return tensor_digest(self[k])

@@ -241,6 +241,7 @@ def match_tokens(
     if match.same: return match
     return _check_match(match, models, sizes, toks[0])
 
+# %% ../nbs/24_vocabulary.ipynb #aae7c93a
 def _check_match(match:RowMatch, models, sizes, own:Tokenizer)->RowMatch: # `match`, if it can be carried out
     base = models[0]
     for m, size in zip(models, sizes):

@@ -37,12 +37,14 @@ _BITS = {torch.bfloat16: 8, torch.float16: 11} # significant bits p, with the le
 def round_to(
     x:Tensor,           # (*shape) floating point
     dtype:torch.dtype,  # wanted
+    scratch:Tensor|None=None # as `x`; where given, it is overwritten, which saves the room for another
 )->Tensor:              # (*shape) in `dtype`: nearest, ties to even; infinite where `x` is beyond the range of `dtype`
     "x rounded once."
     if x.dtype != torch.float64 or dtype not in _BITS: return x.to(dtype) # one step already
     M = (1 << 52 - (_BITS[dtype] + 1)) - 1
     b = x.view(torch.int64)
-    return b.bitwise_and(M).add_(M).bitwise_or_(b).bitwise_and_(~M).view(torch.float64).to(dtype)
+    s = b.bitwise_and(M) if scratch is None else torch.bitwise_and(b, M, out=scratch.view(torch.int64))
+    return s.add_(M).bitwise_or_(b).bitwise_and_(~M).view(torch.float64).to(dtype)
 
 # %% ../nbs/21_writing.ipynb #4f676cb9
 def overflowed(
@@ -251,7 +253,7 @@ def write(self:ShardWriter,
     if rows.ndim != max(1, len(shape)) or rows.shape[1:] != shape[1:] or not 0 <= i <= i + n <= total:
         raise ValueError(f"{k!r}: expected rows of {shape}, got {tuple(rows.shape)} from row {i} on")
     if k in self.done: raise ValueError(f"{k!r} is whole already")
-    data = memoryview(raw(rows.cpu()))
+    data = memoryview(raw(rows if rows.device.type == 'cpu' else rows.cpu()))
     self._pwrite(f, data, at + i * (len(data) // max(1, n)))
     with self._guard: state = self._rows.setdefault(k, [0, 0, hasher(dtype, shape), threading.Lock()]) # written; hashed in order
     with state[3]:
