@@ -17,8 +17,8 @@ from .calibrated import do_merging, fisher_merging, regmean, widen
 from .dora import MAGNITUDES, align_add, align_merged, align_remove, polar_add, polar_merged
 from .orthogonal import (GRAINS, LOWDIN_GRAINS, SIDES, gram_survey, lowdin, lowdin_survey, norm_rescale, opcm_add,
                                          opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, subspace_add)
-from .soup import (ON, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, soup_add,
-                                   soup_merged, soup_remove, sum_add, sum_merged, sum_remove)
+from .soup import (ON, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, slerp_linear,
+                                   soup_add, soup_merged, soup_remove, sum_add, sum_merged, sum_remove)
 from .sparse import (COMBINE, RESCALE, SCOPES, WEIGH, breadcrumbs, dare, della, magmax_add, magmax_merged, sce,
                                      ties, ties_scan, ties_survey)
 from .spectral import (delta_sum, dop_add, iso_c, iso_cts, knots, nufilt_add, orthomerge, spectral_merged, tsv_m,
@@ -47,6 +47,8 @@ class Method:
     scan:Callable|None=None              # first pass over one parameter: (pieces of (deltas, base), …) → scan
     chunk:str|Callable=''                # 'entry', 'row': given survey, scan, a number of the result needs that number, or row,
                                          # of the deltas alone; '': it needs more. Or (params) → one of these
+    linear:Callable|None=None            # (weights, scan, params) → a, c, λ, W where the merged delta is λ·(Σ a_tΔ_t + c·θ₀)/W, or
+                                         # None; large checkpoints are then fused in place
     base_free:Callable|None=None         # (params) → whether the base has no part in the result
     rescale:Callable|None=None           # whole-model scale after each expert: (norm of merged, norms of experts) → scale
     linear_only:bool=False               # True: parameters that are no linear maps take the fallback
@@ -117,13 +119,15 @@ METHODS:dict[str, Method] = dict(
     soft_soup=Method(
         'Soft Soup', 'soup', 'Wortsman et al. 2022, arXiv:2203.05482, §2', add=soup_add, merged=soup_merged, remove=soup_remove,
         ranges=dict(lam=_positive), grid=_MEAN, chunk='entry', base_free=lambda p: p['lam'] == 1,
+        linear=lambda w, scan, p: (w, 0., p['lam'], sum(w) or 1.),
         variant='weighted mean; λ = 1 is the paper\'s'),
     greedy_soup=Method(
         'Greedy soup', 'soup', 'Wortsman et al. 2022, arXiv:2203.05482, recipe 1', whole=greedy_soup, needs='validation',
         order_free=False, variant='in order of arrival; the paper sorts by accuracy'),
     task_arithmetic=Method(
         'Task arithmetic', 'baseline', 'Ilharco et al. 2023, arXiv:2212.04089, §4', add=sum_add, merged=sum_merged,
-        remove=sum_remove, fallback=(sum_add, sum_merged, sum_remove), ranges=dict(lam=_any), grid=_SUM, chunk='entry'),
+        remove=sum_remove, fallback=(sum_add, sum_merged, sum_remove), ranges=dict(lam=_any), grid=_SUM, chunk='entry',
+        linear=lambda w, scan, p: (w, 0., p['lam'], 1.)),
     sequential=Method(
         'Sequential fine-tuning', 'baseline', 'no fusion: each task continues from the last', order_free=False, needs='training',
         cost='training'))
@@ -134,8 +138,8 @@ _ON_SPHERE = dict(on=ON, grain=GRAINS, lam=_positive)
 
 METHODS |= dict(
     slerp=Method(
-        'SLERP', 'soup', 'Shoemake 1985; mergekit\'s slerp', rule=slerp, **_SPHERE, order_free=False,
-        ranges=dict(t=_share) | _ON_SPHERE, grid=dict(t=[.1, .2, .3, .4, .5, .6, .7, .8, .9]),
+        'SLERP', 'soup', 'Shoemake 1985; mergekit\'s slerp', rule=slerp, linear=slerp_linear, **_SPHERE,
+        order_free=False, ranges=dict(t=_share) | _ON_SPHERE, grid=dict(t=[.1, .2, .3, .4, .5, .6, .7, .8, .9]),
         most=2, variant='whole weights (on=weight), as mergekit; mergekit walks straight above cosine 0.9995'),
     nuslerp=Method(
         'NuSLERP', 'soup', 'mergekit 0.1.5\'s nuslerp', rule=nuslerp, **_SPHERE, most=2,

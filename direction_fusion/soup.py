@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ON', 'GRAINS', 'soup_add', 'soup_remove', 'soup_merged', 'sum_add', 'sum_remove', 'sum_merged', 'greedy_soup',
-           'vectors', 'gram', 'combine', 'gram_scan', 'slerp_coefficients', 'slerp', 'nuslerp',
-           'multislerp_coefficients', 'multislerp', 'karcher_coefficients', 'karcher', 'stock_coefficients',
+           'vectors', 'gram', 'combine', 'gram_scan', 'shares', 'slerp_coefficients', 'slerp', 'slerp_linear',
+           'nuslerp', 'multislerp_coefficients', 'multislerp', 'karcher_coefficients', 'karcher', 'stock_coefficients',
            'model_stock']
 
 # %% ../nbs/02_soup.ipynb #8346fb5a
@@ -16,7 +16,12 @@ from .core import TaskVector
 
 # %% ../nbs/02_soup.ipynb #f14f3dd9
 def _plus(total:Tensor|None, delta:Tensor, weight:float)->Tensor: # total + weight · delta
-    return weight * delta if total is None else torch.add(total, delta, alpha=weight)
+    delta = delta if weight == 1 else weight * delta # not `alpha=weight`: a fused multiply-add has another last bit
+    return delta if total is None else total + delta
+
+def _times(x:Tensor, by:float, over:float=1.)->Tensor: # by · x / over, without the passes that change nothing
+    x = x if by == 1 else by * x
+    return x if over == 1 else x / over
 
 def soup_add(
     state:dict,     # running sums: `sum` (*shape), `weight`
@@ -39,7 +44,7 @@ def soup_merged(
     lam:float=1.# scale of the mean
 )->Tensor:      # (*shape) λ·Σ w_t Δ_t / Σ w_t; zeros where all weights are zero
     "λ times the weighted mean of the deltas (arXiv:2203.05482; λ = 1 there)."
-    return lam / (state['weight'] or 1.) * state['sum']
+    return _times(state['sum'], lam, state['weight'] or 1.)
 
 # %% ../nbs/02_soup.ipynb #1a7c0fbc
 def sum_add(
@@ -63,7 +68,7 @@ def sum_merged(
     lam:float=.3  # λ, the scale of the sum
 )->Tensor:        # (*shape) merged delta
     "λ·Σ w_t Δ_t (arXiv:2212.04089, §4)."
-    return lam * state['sum']
+    return _times(state['sum'], lam)
 
 # %% ../nbs/02_soup.ipynb #6f38a1a5
 def greedy_soup(
@@ -134,12 +139,12 @@ def gram_scan(
 
 def _span(deltas, base, on, grain, lam, coefficients, G=None): # λ times the point whose coefficients a Gram matrix gives
     if on not in ON: raise ValueError(f"`on` must be one of {', '.join(ON)}, got {on!r}")
-    b, _ = base if on == 'weight' else None, vectors(deltas, grain)
+    b, _ = base if on == 'weight' and base.any() else None, vectors(deltas, grain)
     if len(deltas) == 1: return lam * deltas[0]
     out = combine(deltas, coefficients(gram(deltas, b, grain) if G is None else G), b, grain)
     return out if lam == 1 else out.mul_(lam)
 
-def _shares(weights:Tensor|None, T:int)->Tensor: # (T,) float64, sum 1
+def shares(weights:Tensor|None, T:int)->Tensor: # (T,) float64, sum 1
     w = torch.ones(T) if weights is None else weights.cpu()
     if len(w) != T: raise ValueError(f"`weights` must have one entry per expert ({T}), got {len(w)}")
     if (w < 0).any() or not w.sum() > 0: raise ValueError(f"`weights` must be at least 0 with a positive sum, got {w.tolist()}")
@@ -177,6 +182,16 @@ def slerp(
     return _span(deltas, base, on, grain, lam, lambda G: slerp_coefficients(G, t), scan)
 
 # %% ../nbs/02_soup.ipynb #de456b64
+def slerp_linear(
+    weights:Sequence[float], # one per expert; not used
+    scan:Tensor|None,        # of `gram_scan`
+    params:dict              # all hyper-parameters
+)->tuple|None:               # a (2,), c, λ, W of λ·(Σ a_tΔ_t + c·θ₀)/W; None where the rule is no such sum
+    "SLERP of a whole parameter as a weighted sum."
+    if scan is None or len(weights) != 2: return None
+    a = slerp_coefficients(scan, params['t'])[0].tolist()
+    return a, sum(a) - 1 if params['on'] == 'weight' else 0., params['lam'], 1.
+
 def nuslerp(
     deltas:Tensor,              # (T, *shape) deltas of one or two experts
     base:Tensor,                # (*shape) base weight
@@ -188,7 +203,7 @@ def nuslerp(
 )->Tensor:                      # (*shape) merged delta; the expert itself if there is one
     "SLERP between two deltas at the share that the weights give (mergekit's nuslerp)."
     if len(deltas) > 2: raise ValueError(f"NuSLERP takes 2 experts, got {len(deltas)}; for more choose multislerp or karcher")
-    return slerp(deltas, base, float(_shares(weights, len(deltas))[-1]) if len(deltas) == 2 else 0., on, grain, lam, scan)
+    return slerp(deltas, base, float(shares(weights, len(deltas))[-1]) if len(deltas) == 2 else 0., on, grain, lam, scan)
 
 # %% ../nbs/02_soup.ipynb #a4788a8d
 def multislerp_coefficients(
@@ -211,7 +226,7 @@ def multislerp(
     scan:Tensor|None=None       # of `gram_scan`, where `deltas` are a piece of the parameter
 )->Tensor:                      # (*shape) merged delta
     "Mean length times normalised mean direction (mergekit's multislerp)."
-    w = _shares(weights, len(deltas)).to(deltas.device)
+    w = shares(weights, len(deltas)).to(deltas.device)
     return _span(deltas, base, on, grain, lam, lambda G: multislerp_coefficients(G, w), scan)
 
 # %% ../nbs/02_soup.ipynb #24573f30
@@ -249,7 +264,7 @@ def karcher(
     scan:Tensor|None=None       # of `gram_scan`, where `deltas` are a piece of the parameter
 )->Tensor:                      # (*shape) merged delta
     "Karcher mean of directions times mean length (mergekit's karcher; arXiv:2603.04972)."
-    w = _shares(weights, len(deltas)).to(deltas.device)
+    w = shares(weights, len(deltas)).to(deltas.device)
     return _span(deltas, base, on, grain, lam, lambda G: karcher_coefficients(G, w), scan)
 
 # %% ../nbs/02_soup.ipynb #f6da8102

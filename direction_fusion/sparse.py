@@ -29,30 +29,53 @@ def _digit(counts:Tensor, k:Tensor)->tuple[Tensor, Tensor]: # (T, bins) → (T,)
     before = above.gather(1, (i - 1).clamp_min(0)) * (i > 0)
     return counts.shape[1] - 1 - i[:, 0], k - before[:, 0]
 
-def kth_magnitude(
-    pieces:Callable[[], Iterable[Tensor]], # each call a fresh pass over T vectors in pieces (T, *shape)
-    k:Callable[[int], int|list[int]]       # number of entries → rank from above, 1 for the largest; or one rank per vector
-)->Tensor:                                 # (T,) the k-th largest |x| of each vector; float64 if any piece is, else float32
-    "Exact k-th largest magnitude of each of T vectors, by counting bits."
-    rows = lambda: (x.reshape(len(x), -1) for x in pieces())
-    n, high, low, held, few = 0, 0, 0, [], 2**15
-    for x in rows():
-        if held is None: high = high + _count(x, few, lambda t, b: b >> 16)
-        elif n + x.shape[1] <= few: held.append(x)
-        else: high, held = sum(_count(y, few, lambda t, b: b >> 16) for y in (*held, x)), None
-        n, wide = n + x.shape[1], x.dtype if n == 0 else torch.promote_types(wide, x.dtype)
-    ranks = [min(max(r, 1), n) for r in (k(n) if isinstance(k(n), list) else [k(n)])]
-    wide = torch.promote_types(wide, torch.float32)
-    if held is not None:
-        V = torch.cat([x.to(wide) for x in held], 1).abs()
-        return torch.stack([v.kthvalue(n - r + 1).values for v, r in zip(V, ranks * (len(V) // len(ranks)))])
-    head, rank = _digit(high, high.new_tensor(ranks).expand(len(high)))
-    for x in rows(): low = low + _count(x, 2**16, lambda t, b: b[b >> 16 == head[t]] & 0xffff)
+def _by_counting(rows:Callable, ranks:list[int], wide:torch.dtype)->Tensor: # (T,) in passes over counters of constant size
+    high = sum(_count(x, 2**15, lambda t, b: b >> 16) for x in rows())
+    head, rank = _digit(high, high.new_tensor(ranks))
+    low = sum(_count(x, 2**16, lambda t, b: b[b >> 16 == head[t]] & 0xffff) for x in rows())
     tail, rank = _digit(low, rank)
     key = (head << 16 | tail).int()
     if wide == torch.float32: return key.view(torch.float32)
     close = [torch.cat([v.abs()[_bits(v) == b].double() for v in vs]) for b, vs in zip(key, zip(*rows()))]
     return torch.stack([v.kthvalue(len(v) - int(r) + 1).values for v, r in zip(close, rank)])
+
+def _by_bracket(rows:Callable, ranks:list[int], wide:torch.dtype, sample:Tensor, n:int)->Tensor|None: # (T,); None: the sample misled
+    S, m, out = sample.sort(1, descending=True).values, sample.shape[1], []
+    ps = [r / n * m for r in ranks]
+    ds = [4 * (p * max(1 - p / m, 0)) ** .5 + 2 for p in ps]              # four standard deviations of a sampled rank
+    his = [float(s[int(p - d)]) if p > d else torch.inf for s, p, d in zip(S, ps, ds)]
+    los = [float(s[int(p + d)]) if p + d < m - 1 else -1. for s, p, d in zip(S, ps, ds)]
+    above, mids = [0] * len(S), [[] for _ in S]
+    for x in rows():
+        for t, v in enumerate(x):
+            for b in v.split(_BLOCK):
+                a = b.abs()
+                above[t] += int((a > his[t]).sum())
+                mids[t].append(a[(a >= los[t]) & (a <= his[t])])
+    for r, mid in zip((r - a for r, a in zip(ranks, above)), map(torch.cat, mids)):
+        if not 0 < r <= len(mid): return None
+        out.append(mid.to(wide).kthvalue(len(mid) - r + 1).values)
+    return torch.stack(out)
+
+# %% ../nbs/05_sparse.ipynb #2a08be28
+def kth_magnitude(
+    pieces:Callable[[], Iterable[Tensor]], # each call a fresh pass over T vectors in pieces (T, *shape)
+    k:Callable[[int], int|list[int]]       # number of entries → rank from above, 1 for the largest; or one rank per vector
+)->Tensor:                                 # (T,) the k-th largest |x| of each vector; float64 if any piece is, else float32
+    "Exact k-th largest magnitude of each of T vectors, without sorting them."
+    rows = lambda: (x.reshape(len(x), -1) for x in pieces())
+    n, held, sample, few, wide = 0, [], [], 2**15, torch.float32
+    for x in rows():
+        n, wide = n + x.shape[1], torch.promote_types(wide, x.dtype)
+        if n <= few: held.append(x)
+        sample.append(x[:, ::61].abs())
+    ranks = [min(max(r, 1), n) for r in (k(n) if isinstance(k(n), list) else [k(n)])]
+    ranks = ranks * (len(sample[0]) // len(ranks))
+    if n > few:
+        cut = _by_bracket(rows, ranks, wide, torch.cat([x.to(wide) for x in sample], 1), n)
+        return _by_counting(rows, ranks, wide) if cut is None else cut
+    V = torch.cat([x.to(wide) for x in held], 1).abs()
+    return torch.stack([v.kthvalue(n - r + 1).values for v, r in zip(V, ranks)])
 
 # %% ../nbs/05_sparse.ipynb #67bddbd3
 def _check_share(name:str, value:float)->None: # a share of the entries
@@ -296,8 +319,11 @@ def magmax_add(
     delta:Tensor  # (*shape) delta of the new expert
 )->dict:          # the next state
     "Δ where |Δ| ≥ |M|, else M."
-    m = state.get('largest', delta)
-    return dict(largest=torch.where(delta.abs() >= m.abs(), delta, m))
+    if not state: return dict(largest=delta)
+    m = state['largest'].reshape(-1)
+    out = torch.empty_like(m)
+    for o, d, x in zip(*(v.split(_BLOCK) for v in (out, delta.reshape(-1), m))): torch.where(d.abs() >= x.abs(), d, x, out=o)
+    return dict(largest=out.reshape(delta.shape))
 
 def magmax_merged(
     state:dict,   # `largest` (*shape)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'DTYPES', 'row_ranges', 'check_finite', 'read_deltas', 'Request', 'ZeroBase', 'Cast', 'shared_names',
-           'make_request', 'chunked', 'delta_rows', 'delta_whole', 'scan_parameter', 'survey_model', 'n_cores',
-           'one_thread', 'tally', 'run_all', 'delta_tasks', 'fitted', 'stream', 'collect', 'request_key',
-           'input_digests', 'open_models', 'arrange', 'fuse_checkpoints', 'merged_deltas', 'fuse_recipe']
+           'make_request', 'chunked', 'delta_rows', 'delta_whole', 'scratch', 'gram_rows', 'scan_parameter',
+           'survey_model', 'n_cores', 'one_thread', 'tally', 'run_all', 'delta_tasks', 'fitted', 'linear_rows',
+           'linear_tasks', 'stream', 'collect', 'request_key', 'input_digests', 'open_models', 'arrange',
+           'fuse_checkpoints', 'merged_deltas', 'fuse_recipe']
 
 # %% ../nbs/25_streaming.ipynb #c0546e02
 import errno
@@ -32,6 +33,7 @@ from .fusion import (HEADS_ON_DISK, merge_deltas, moving, resolve_method, roles_
                                      takes_rule)
 from .methods import Method, accepted, check_params
 from .recipes import Recipe, read_recipe
+from .soup import gram_scan
 from .vocabulary import (MODES, RowMatch, align_labels, align_tokens, head_parameters, split_heads, without_heads,
                                          write_tokenizer)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card, overflowed, round_to
@@ -199,6 +201,37 @@ def delta_whole(
     return merge_deltas(request.method, params, k, deltas, b, request.roles[k], weights, request.seed, survey), b, deltas
 
 # %% ../nbs/25_streaming.ipynb #4977cd13
+_own = threading.local()
+
+def scratch(
+    shape:Sequence[int], # of each
+    count:int            # how many
+)->list[Tensor]:         # float64 tensors with anything in them, the same ones at every call of this thread
+    "Room to work in, so that no time goes into getting it; one piece each, since libraries round by alignment."
+    n, own = math.prod(shape), _own.__dict__.setdefault('held', [])
+    if len(own) < count or own[0].numel() < n:
+        own[:] = [torch.empty(max(n, CHUNK), dtype=torch.float64) for _ in range(max(count, len(own)))]
+    return [x[:n].view(shape) for x in own[:count]]
+
+def gram_rows(
+    request:Request, # the request
+    k:str            # a parameter
+)->Tensor:           # (1, T, T) float64, as `gram_scan`
+    "Dot products of the experts, or of their deltas."
+    T, delta = len(request.experts), request.settings(k)[0].get('on', 'delta') == 'delta'
+    G, ranges = torch.zeros(T, T, dtype=torch.float64), row_ranges(request.base.meta[k].shape, request.chunk)
+    for i, j in ranges:
+        rows = [e.rows(k, i, j) for e in request.experts]
+        *xs, b = scratch(rows[0].shape, T + 1)
+        if delta: b.copy_(request.base.rows(k, i, j))
+        for x, r in zip(xs, rows): x.copy_(r).sub_(b) if delta else x.copy_(r)
+        for s in range(T):
+            for t in range(s + 1): G[s, t] += torch.dot(xs[s].view(-1), xs[t].view(-1))
+    if not math.isfinite(G.sum()):
+        for i, j in ranges: check_finite(request.base, request.experts, k, i, j)
+    return (G + G.tril(-1).T)[None]
+
+# %% ../nbs/25_streaming.ipynb #ea351279
 def scan_parameter(
     request:Request, # the request
     k:str            # a parameter
@@ -206,6 +239,7 @@ def scan_parameter(
     "A method's pass over one parameter."
     m, shape = request.method, request.base.meta[k].shape
     if not m.scan or not takes_rule(m, request.roles[k], len(shape)): return None
+    if m.scan is gram_scan and request.settings(k)[0].get('grain', 'tensor') == 'tensor': return gram_rows(request, k)
     pieces = lambda: (read_deltas(request.base, request.experts, k, i, j) for i, j in row_ranges(shape, request.chunk))
     return run_scan(m, request.settings(k)[0], pieces)
 
@@ -329,15 +363,61 @@ class _Spill:
 def fitted(
     x:Tensor,          # (*shape)
     dtype:torch.dtype, # of the output
-    k:str              # the parameter's name
+    k:str,             # the parameter's name
+    room:Tensor|None=None # as `x`, to be overwritten; None: room is made
 )->Tensor:             # (*shape) in `dtype`
     "x rounded once; `ValueError` where a number is beyond the range of float16."
-    y = round_to(x, dtype)
+    y = round_to(x, dtype, room)
     if dtype == torch.float16 and (n := overflowed(x, y)):
         raise ValueError(f"{k!r}: {n} numbers are too large for float16; ask for dtype='bfloat16' or 'float32'")
     return y
 
-# %% ../nbs/25_streaming.ipynb #45eb4615
+# %% ../nbs/25_streaming.ipynb #03484519
+def linear_rows(
+    request:Request,  # the request
+    k:str,            # a parameter
+    i:int, j:int,     # rows i to j − 1
+    form:tuple        # a, c, λ, W of the entry's `linear`
+)->Tensor:            # (j − i, …) rows of the result in the output's dtype
+    "θ₀ + λ·(Σ a_tΔ_t + c·θ₀)/W, rounded once; `ValueError` names the model that holds NaN or infinity."
+    (a, c, lam, W), free, first = form, isinstance(request.base, ZeroBase), request.experts[0].rows(k, i, j)
+    total, d, b = scratch(first.shape, 3)
+    if not free: b.copy_(request.base.rows(k, i, j))
+    for t, (e, w) in enumerate(zip(request.experts, a)):
+        x = (d if t else total).copy_(e.rows(k, i, j) if t else first)
+        if not free: x.sub_(b)
+        if w != 1: x.mul_(w)
+        if t: total.add_(x)
+    if c and not free: total.add_(torch.mul(b, c, out=d))
+    if lam != 1: total.mul_(lam)
+    if W != 1: total.div_(W)
+    if not free: total.add_(b)
+    if not math.isfinite(total.sum()): check_finite(request.base, request.experts, k, i, j)
+    y = fitted(total, request.out_dtype(k), k, d)
+    return y.clone() if y.dtype == torch.float64 else y # float64 needs no rounding, and would be the room itself
+
+def linear_tasks(request:Request, put:Callable, finish:Callable, done:Sequence[str]=())->Iterator[tuple[int, Callable]]:
+    "As `delta_tasks`, for methods that are weighted sums: `put(k, i, rows)` gets rows of the result."
+    def whole(k, ranges):
+        params, weights = request.settings(k)
+        form = request.method.linear(weights, scan_parameter(request, k), params)
+        for i, j in ranges: put(k, i, linear_rows(request, k, i, j, form))
+        finish(k)
+    def piece(k, i, j, form, last):
+        put(k, i, linear_rows(request, k, i, j, form))
+        if last(): finish(k)
+    for k in (k for k in request.moving if k not in done):
+        meta, (params, weights) = request.base.meta[k], request.settings(k)
+        ranges = row_ranges(meta.shape, request.chunk)
+        if request.method.scan or len(ranges) < 2: yield meta.nbytes, partial(whole, k, ranges); continue
+        form, last = request.method.linear(weights, None, params), _countdown(len(ranges))
+        for i, j in ranges: yield meta.nbytes * (j - i) // meta.n_rows, partial(piece, k, i, j, form, last)
+
+def _is_linear(request:Request)->bool: # whether every parameter is a weighted sum given its scan
+    m = request.method
+    return bool(m.linear) and (not m.scan or not request.at and request.params['grain'] == 'tensor' and len(request.experts) == 2)
+
+# %% ../nbs/25_streaming.ipynb #54340e94
 def stream(
     request:Request,            # the request
     write:Callable,             # (k, i, rows): rows i… of parameter k in the output's dtype, on any thread
@@ -358,7 +438,8 @@ def stream(
     survey = survey_model(request)
     if not request.method.rescale:
         use = lambda k, i, delta, b, deltas: rounded(k, i, delta, b)
-        run_all(delta_tasks(request, use, ended, survey, done), threads, advance)
+        tasks = linear_tasks(request, put, ended, done) if _is_linear(request) else delta_tasks(request, use, ended, survey, done)
+        run_all(tasks, threads, advance)
     else:
         spill = _Spill(request, folder)
         run_all(delta_tasks(request, spill.store, lambda k: None, survey), threads, advance)
