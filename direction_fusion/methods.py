@@ -32,6 +32,7 @@ def mean_merged(state:dict)->Tensor: # (*shape)
     "The plain mean of the deltas: what parameters that are no linear maps take, unless the entry says otherwise."
     return soup_merged(state)
 
+# %% ../nbs/08_methods.ipynb #185fed98
 @dataclass(frozen=True)
 class Method:
     "An entry of `METHODS`: a rule on one parameter, and what a user must know of it."
@@ -47,8 +48,7 @@ class Method:
     scan:Callable|None=None              # first pass over one parameter: (pieces of (deltas, base), …) → scan
     chunk:str|Callable=''                # 'entry', 'row': given survey, scan, a number of the result needs that number, or row,
                                          # of the deltas alone; '': it needs more. Or (params) → one of these
-    linear:Callable|None=None            # (weights, scan, params) → a, c, λ, W where the merged delta is λ·(Σ a_tΔ_t + c·θ₀)/W, or
-                                         # None; large checkpoints are then fused in place
+    linear:Callable|None=None            # (weights, scan, params) → a, c, λ, W if merged delta = λ·(Σ a_tΔ_t + c·θ₀)/W, else None
     base_free:Callable|None=None         # (params) → whether the base has no part in the result
     rescale:Callable|None=None           # whole-model scale after each expert: (norm of merged, norms of experts) → scale
     linear_only:bool=False               # True: parameters that are no linear maps take the fallback

@@ -39,7 +39,8 @@ def _by_counting(rows:Callable, ranks:list[int], wide:torch.dtype)->Tensor: # (T
     close = [torch.cat([v.abs()[_bits(v) == b].double() for v in vs]) for b, vs in zip(key, zip(*rows()))]
     return torch.stack([v.kthvalue(len(v) - int(r) + 1).values for v, r in zip(close, rank)])
 
-def _by_bracket(rows:Callable, ranks:list[int], wide:torch.dtype, sample:Tensor, n:int)->Tensor|None: # (T,); None: the sample misled
+# %% ../nbs/05_sparse.ipynb #311234d0
+def _by_bracket(rows:Callable, ranks:list[int], wide:torch.dtype, sample:Tensor, n:int)->Tensor|None: # None: a misleading sample
     S, m, out = sample.sort(1, descending=True).values, sample.shape[1], []
     ps = [r / n * m for r in ranks]
     ds = [4 * (p * max(1 - p / m, 0)) ** .5 + 2 for p in ps]              # four standard deviations of a sampled rank

@@ -396,6 +396,7 @@ def linear_rows(
     y = fitted(total, request.out_dtype(k), k, d)
     return y.clone() if y.dtype == torch.float64 else y # float64 needs no rounding, and would be the room itself
 
+# %% ../nbs/25_streaming.ipynb #f6d57470
 def linear_tasks(request:Request, put:Callable, finish:Callable, done:Sequence[str]=())->Iterator[tuple[int, Callable]]:
     "As `delta_tasks`, for methods that are weighted sums: `put(k, i, rows)` gets rows of the result."
     def whole(k, ranges):
