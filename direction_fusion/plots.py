@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'METRICS', 'method_style', 'check_record', 'group_records', 'plot_accuracy_matrix', 'spread',
-           'plot_forgetting', 'plot_learning_curves', 'plot_compare', 'plot_interference', 'plot_cosines',
-           'summary_numbers', 'summary_table', 'save_figure']
+           'plot_forgetting', 'plot_learning_curves', 'paired_values', 'common_runs', 'plot_compare', 'differences',
+           'plot_differences', 'plot_significance', 'plot_retention', 'plot_interference', 'plot_cosines',
+           'summary_numbers', 'summary_table', 'Saved', 'save_figure']
 
 # %% ../nbs/13_plots.ipynb #c56d1e39
 import hashlib
@@ -23,7 +24,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
-from .metrics import check_levels, check_matrix, interference, learning_curve, metrics
+from .metrics import (LINEAR, check_levels, check_matrix, crossed_intervals, interference, learning_curve,
+                                      metric_weights, metrics, pairwise, retention, student_interval, unpack_bits)
 
 # %% ../nbs/13_plots.ipynb #8ec22491
 FAMILIES = { # hue, and the methods in the order in which they take its shades
@@ -241,23 +243,74 @@ def plot_learning_curves(
     return ax
 
 # %% ../nbs/13_plots.ipynb #ed35612c
+def _example_values(record, metric:str, names:Sequence[str])->list[np.ndarray]: # per task in `names`: (n,) with mean T·Σ_i C·R
+    C, hits, n = metric_weights(len(names), metric), record.correct['R'], record.correct['n']
+    column = lambda j: sum(len(names) * C[i, j] * unpack_bits(hits[i][j], n[j]) for i in np.flatnonzero(C[:, j]))
+    return [np.zeros(n[j]) + column(j) for j in map(list(record.tasks).index, names)]
+
+def paired_values(
+    records:Sequence,  # every seed with every order, of each method
+    metric:str='ACC',  # 'ACC', 'BWT' or 'AUC'
+)->tuple[list[list], np.ndarray, np.ndarray]: # groups as in `group_records`; (M, seeds, orders, N) values; (N,) their tasks
+    "What `pairwise` and `crossed_intervals` take."
+    groups, names = group_records(records), sorted(records[0].tasks)
+    seeds, orders = sorted({r.seed for r in records}), sorted({r.order for r in records})
+    for g in groups:
+        for r in g:
+            if not getattr(r, 'correct', None):
+                raise ValueError(f"the record of {r.title!r} keeps no single answers: an older version wrote it; run it again")
+        if missing := sorted({(s, o) for s in seeds for o in orders} - {(r.seed, r.order) for r in g}):
+            raise ValueError("every method needs every seed and order, "
+                             f"{g[0].title!r} lacks seed {missing[0][0]}, order {missing[0][1]}")
+    rows = [[_example_values(r, metric, names) for r in g] for g in groups]
+    if len({tuple(map(len, x)) for g in rows for x in g}) > 1:
+        raise ValueError("`records` must share their test examples, got test sets of different sizes")
+    values = np.array([[np.concatenate(x) for x in g] for g in rows]).reshape(len(groups), len(seeds), len(orders), -1)
+    return groups, values, np.repeat(names, [len(x) for x in rows[0][0]])
+
+# %% ../nbs/13_plots.ipynb #806fce45
+def common_runs(
+    records:Sequence, # of any methods, seeds and orders
+)->list:              # those of every seed with every order that all methods have; [] where there is none
+    "The records that can be paired."
+    by = {}
+    for r in records:
+        if getattr(r, 'correct', None): by.setdefault((r.method, r.title), set()).add((r.seed, r.order))
+    runs = set.intersection(*by.values()) if len(by) == len({(r.method, r.title) for r in records}) > 0 else set()
+    orders = sorted({o for _, o in runs})
+    full = lambda orders: {(s, o) for s, _ in runs for o in orders if all((s, p) in runs for p in orders)}
+    keep = full(orders) or full(orders[:1])
+    return [r for r in records if (r.seed, r.order) in keep]
+
+def _ends(groups:Sequence, key:str)->np.ndarray: # (M, 2) ends of the 95 % interval of each method's own mean, in percent, or NaN
+    runs = [{(r.seed, r.order) for r in g} for g in groups]
+    grid = len({s for s, _ in runs[0]}) * len({o for _, o in runs[0]}) == len(runs[0]) and all(x == runs[0] for x in runs)
+    records = [r for g in groups for r in g]
+    if grid and key in LINEAR and all(getattr(r, 'correct', None) and (len(r.R) > 1 or key != 'BWT') for r in records):
+        return 100 * np.array(crossed_intervals(*paired_values(records, key)[1:])[1:]).T
+    values = [[r.metrics.get(key, np.nan) for r in g] for g in groups]
+    return 100 * np.array([student_interval(x) if np.isfinite(x).all() else (np.nan, np.nan) for x in values])
+
+# %% ../nbs/13_plots.ipynb #92e47c41
 METRICS = { # key of a record's metrics → name, unit, the better direction
     'ACC': ('average accuracy', '%', '→'), 'NACC': ('share of experts', '%', '→'), 'F': ('forgetting', 'points', '←'),
     'BWT': ('backward transfer', 'points', '→'), 'PLA': ('plasticity', '%', '→'), 'INT': ('mean interference', 'points', '→'),
-    'FWT': ('forward transfer', 'points', '→'),
+    'FWT': ('forward transfer', 'points', '→'), 'IM': ('intransigence', 'points', '←'),
+    'AUC': ('area under the curve', '%', '→'),
 }
 
 def _panel(ax:Axes, groups:Sequence, key:str, offsets:dict)->None: # one column of dots
     name, unit, better = METRICS[key]
-    for y, g in enumerate(groups):
+    for y, (g, ends) in enumerate(zip(groups, _ends(groups, key))):
         x, style = 100 * np.array([r.metrics.get(key) for r in g], dtype=float), method_style(g[0].method)
         if len(g) > 1: ax.scatter(x, [y + offsets[r.seed, r.order] for r in g], s=6, alpha=.55, lw=0, **style)
         ax.plot(x.mean(), y, ms=5.5, mew=0, ls='', **style)
+        ax.plot(ends, [y, y], lw=1.2, alpha=.6, color=style['color'], solid_capstyle='butt')
     if unit == 'points': ax.axvline(0, color='#888888', lw=.8, zorder=0)
     ax.grid(axis='y', color=_PALE, lw=.6); ax.set_axisbelow(True)
     ax.spines['left'].set_visible(False); ax.tick_params(axis='y', length=0)
     ax.margins(x=.08); ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    if not any(np.isfinite(l.get_xdata()).all() for l in ax.lines[:len(groups)]): ax.set_xlim(-1, 1) # undefined for one task
+    if not any(np.isfinite(l.get_xdata()).all() for l in ax.lines[:2 * len(groups):2]): ax.set_xlim(-1, 1) # one task
     _words(ax, '', f'{name} ({unit})\n' + ('better →' if better == '→' else '← better'))
 
 # %% ../nbs/13_plots.ipynb #ee354c61
@@ -292,6 +345,96 @@ def _bounds(ax:Axes, records:Sequence)->None: # experts above, linear probe belo
         ax.axvline(level[-1], color='#888888', lw=1, ls=ls, zorder=0)
         ax.annotate(name, (level[-1], 1), xycoords=ax.get_xaxis_transform(), xytext=(2 if side == 'left' else -2, 2),
                     textcoords='offset points', ha=side, va='bottom', fontsize=_FONT - 1, color='#666666', annotation_clip=False)
+
+# %% ../nbs/13_plots.ipynb #ced5d0ba
+def _reference(groups:Sequence, name:str|None)->int: # position of a method
+    titles = [(g[0].title, g[0].method) for g in groups]
+    if name is not None and not any(name in t for t in titles):
+        raise ValueError(f"`reference` must be one of {', '.join(t for t, _ in titles)}, got {name!r}")
+    return next((i for i, t in enumerate(titles) if name in t), 0)
+
+def differences(
+    records:Sequence,         # every seed with every order, of each method
+    reference:str|None=None,  # title or label of a method; None: the best
+    metric:str='ACC',         # 'ACC', 'BWT' or 'AUC'
+    level:float=.95,          # of each interval
+)->pd.DataFrame:              # index: title, best first; points: `difference` to the reference, `low`, `high`; `p` by Holm
+    "Every method against a reference, with intervals over seeds, orders and test examples."
+    groups, values, tasks = paired_values(records, metric)
+    at, found = _reference(groups, reference), pairwise(values, tasks, level)
+    columns = {k: (1 if k == 'p' else 100) * found[k][:, at] for k in ('difference', 'low', 'high', 'p')}
+    return pd.DataFrame(columns, pd.Index([g[0].title for g in groups], name='method'))
+
+# %% ../nbs/13_plots.ipynb #d32d2c68
+def plot_differences(
+    records:Sequence,         # as in `differences`
+    reference:str|None=None,
+    metric:str='ACC',
+    level:float=.95,
+    ax:Axes|None=None,        # where to draw; None: a new figure, higher for more methods
+)->Axes:
+    "Difference of each method to a reference in points, with its interval."
+    groups, table = group_records(records), differences(records, reference, metric, level)
+    name = table.index[_reference(groups, reference)]
+    ax = _axes(ax, 4.4, .2 * len(groups) + .8)
+    for y, (g, row) in enumerate(zip(groups, table.itertuples())):
+        style = method_style(g[0].method)
+        ax.plot([row.low, row.high], [y, y], lw=1.4, color=style['color'], solid_capstyle='butt')
+        ax.plot(row.difference, y, ms=5, ls='', mew=1, **style | (dict() if row.p < .05 else dict(markerfacecolor='white')))
+    ax.axvline(0, color='#888888', lw=.8, zorder=0)
+    ax.set(ylim=(len(groups) - .5, -.5), yticks=range(len(groups)), yticklabels=table.index)
+    ax.spines['left'].set_visible(False); ax.tick_params(axis='y', length=0); ax.grid(axis='y', color=_PALE, lw=.6)
+    ax.set_axisbelow(True)
+    text = '; '.join(f'{t} {d:+.1f} ({lo:+.1f} to {hi:+.1f})' for t, d, lo, hi, _ in table.itertuples())
+    _words(ax, '', f'{METRICS[metric][0]}: difference to {name} (points)', '',
+           f'Difference in points to {name}, with {100 * level:g} % intervals: {text}.')
+    return ax
+
+# %% ../nbs/13_plots.ipynb #3a6727ef
+def plot_significance(
+    records:Sequence,   # every seed with every order, of each method
+    metric:str='ACC',   # 'ACC', 'BWT' or 'AUC'
+    ax:Axes|None=None,  # where to draw; None: a new figure, larger for more methods
+    alpha:float=.05,    # a difference counts where Holm's p is below it
+)->Axes:
+    "Matrix of differences between methods, lower triangle, significant ones in colour."
+    groups, values, tasks = paired_values(records, metric)
+    titles, found, M = [g[0].title for g in groups], pairwise(values, tasks), len(groups)
+    D, clear = 100 * found['difference'], (found['p'] < alpha) & np.tri(M, k=-1, dtype=bool)
+    limit = max(5, np.abs(D).max())
+    ax = _matrix_axes(ax, M, titles, titles)
+    _matrix(ax, np.where(clear, D, np.nan), 'RdBu', -limit, limit, '+.0f' if M > 10 else '+.1f')
+    for i, j in np.argwhere(~clear & np.tri(M, k=-1, dtype=bool)):
+        ax.text(j + .5, i + .5, _number(D[i, j], '+.0f' if M > 10 else '+.1f'), ha='center', va='center', color='#aaaaaa',
+                fontsize=_FONT - 1 if M <= 10 else _FONT - 3)
+    ax.set(xlim=(0, M), ylim=(M, 0))
+    _words(ax, '', f'{METRICS[metric][0]}: row − column (points)', '',
+           f'{clear.sum()} of {M * (M - 1) // 2} pairs of methods differ in {METRICS[metric][0]} at p < {alpha:g} after Holm.')
+    return ax
+
+# %% ../nbs/13_plots.ipynb #65b15290
+def plot_retention(
+    records:Sequence,  # runs of one study over the same tasks: any methods, seeds and orders
+    ax:Axes|None=None, # where to draw; None: a new figure, higher for more methods
+)->Axes:
+    "Share of a task's accuracy on arrival that is left k merges later, in percent, one line a method."
+    groups, T = group_records(records), len(records[0].R)
+    ax = _axes(ax, 4.6, max(2.4, .14 * len(groups) + .7))
+    ends, names, colors = [], [], []
+    for i, g in enumerate(groups):
+        curves, style = 100 * np.array([retention(r.R) for r in g]), method_style(g[0].method)
+        x = np.arange(T) + (.3 * (i / max(len(groups) - 1, 1) - .5) if len(g) > 1 else 0)
+        for k in range(1, T) if len(g) > 1 else ():
+            ax.plot([x[k]] * 2, student_interval(curves[:, k]), lw=.8, alpha=.6, color=style['color'])
+        ax.plot(x, curves.mean(0), lw=1.3, ms=3.5, label=g[0].title, **style)
+        ends.append(curves.mean(0)[-1]); names.append(g[0].title); colors.append(style['color'])
+    ax.axhline(100, color='#888888', lw=.8, zorder=0)
+    ax.set(xlim=(-.35, T - .7), xticks=[k for k in range(T) if T <= 12 or k % 5 == 0]); ax.margins(y=.04)
+    last = '; '.join(f'{n} {e:.0f}' for n, e in zip(names, ends))
+    _words(ax, '', 'merges since its own', 'left of the accuracy\non arrival (%)',
+           f'Percent left of a task\'s accuracy on arrival, by merges since. After {T - 1}: {last}.')
+    _label_ends(ax, T - .85, ends, names, colors)
+    return ax
 
 # %% ../nbs/13_plots.ipynb #5904a2c7
 def plot_interference(
@@ -365,26 +508,36 @@ def summary_table(
     return pd.DataFrame(columns, x.index)
 
 # %% ../nbs/13_plots.ipynb #0e844881
+class Saved(tuple):
+    "Paths of an .svg and a .png; in a notebook it shows the picture."
+    def _repr_png_(self):
+        data = self[1].read_bytes()
+        width, height = (int.from_bytes(data[i:i + 4], 'big') // 2 for i in (16, 20)) # of the header; half size: 200 dpi
+        return data, dict(width=width, height=height)
+
 def save_figure(
     figure:Axes|Figure|Sequence[Axes], # a figure, or axes whose figure is meant
     stem:str|Path,                     # path without suffix; missing folders are made
     alt:str|None=None,                 # what the figure shows, in words; None: what the plot function said
     dpi:int=200,                       # resolution of the PNG
-)->tuple[Path, Path]:                  # the .svg and the .png
-    "Write a figure as SVG and PNG: atomically, with an alternative text, byte for byte the same for the same figure."
+)->Saved:                              # paths of the .svg and the .png
+    "Write a figure as SVG and PNG and close it: atomically, with an alternative text, the same bytes for the same figure."
     fig = figure if isinstance(figure, Figure) else np.atleast_1d(figure).flat[0].figure
     alt = alt or ' '.join(a.get_label() for a in fig.axes if a.get_label() and not a.get_label().startswith(('_', '<')))
     if not alt: raise ValueError("`alt` must say what the figure shows: these axes carry no label")
     stem = Path(stem); stem.parent.mkdir(parents=True, exist_ok=True)
+    fig.draw_without_rendering(); fig.set_layout_engine('none')  # the layout, once for both formats
+    box = fig.get_tightbbox().padded(.1)
     paths = Path(f'{stem}.svg'), Path(f'{stem}.png')
     with mpl.rc_context({'svg.hashsalt': 'direction_fusion', 'svg.fonttype': 'path'}):
         for path, meta in zip(paths, ({'Date': None, 'Creator': None}, {'Software': None, 'Description': alt})):
             buffer = BytesIO()
-            fig.savefig(buffer, format=path.suffix[1:], dpi=dpi, metadata=meta, bbox_inches='tight', facecolor='white')
+            fig.savefig(buffer, format=path.suffix[1:], dpi=dpi, metadata=meta, bbox_inches=box, facecolor='white')
             data = buffer.getvalue() if path.suffix == '.png' else _describe(buffer.getvalue().decode(), stem.name, alt).encode()
             part = path.with_name(f'.{path.name}.{os.getpid()}')
             part.write_bytes(data); os.replace(part, path)
-    return paths
+    plt.close(fig)
+    return Saved(paths)
 
 def _describe(svg:str, title:str, alt:str)->str: # `svg` with role, title and description
     head, tag, rest = svg.partition('<svg ')

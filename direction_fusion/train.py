@@ -24,9 +24,6 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTModel
-from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as hf_logging
 from .core import atomic_path, fingerprint
 from .tasks import batches, data_folder, digits_pretraining, encode, task_fingerprint
 
@@ -109,7 +106,9 @@ def load_backbone(
     root:str|os.PathLike='.',   # where relative folders start
 )->tuple[nn.Module, object]:    # backbone in evaluation mode, tokenizer (None where there is none)
     "A pretrained encoder and its tokenizer."
-    hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+    logging.set_verbosity_error(); logging.disable_progress_bar()
     source = model_source(name, root)
     try:
         model = AutoModel.from_pretrained(source, attn_implementation='eager', trust_remote_code=False, use_safetensors=True,
@@ -129,6 +128,7 @@ def tiny_vit(
     **config,   # overrides of the configuration, e.g. image_size
 )->nn.Module:   # untrained ViT for 1 × 8 × 8 images
     "A vision transformer small enough to train in seconds."
+    from transformers import ViTConfig, ViTModel
     c = dict(image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=3, num_attention_heads=4,
              intermediate_size=96, attn_implementation='eager', **_QUIET) | config
     with torch.random.fork_rng(devices=[]):
@@ -136,15 +136,21 @@ def tiny_vit(
         return ViTModel(ViTConfig(**c), add_pooling_layer=False).eval()
 
 # %% ../nbs/11_train.ipynb #5e55386f
-class _Heartbeat(TrainerCallback): # tells how far training is
-    def __init__(self, tell): self.tell = tell
-    def on_step_end(self, args, state, control, **kw): self.tell(state.global_step / max(state.max_steps, 1))
+def _heartbeat(tell:Callable): # a callback that tells how far training is
+    from transformers import TrainerCallback
+    class Heartbeat(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw): tell(state.global_step / max(state.max_steps, 1))
+    return Heartbeat()
+
+def _rows(data:Dataset)->list[dict]: # the examples in memory, so that no step converts them from Arrow again
+    labels = data[:]['labels']
+    if 'input_ids' in data.column_names: return [dict(input_ids=x, labels=y) for x, y in zip(data[:]['input_ids'], labels)]
+    images = torch.from_numpy(np.array(data.with_format('numpy')[:]['pixel_values'], dtype=np.float32))
+    return [dict(pixel_values=x, labels=y) for x, y in zip(images, labels)]
 
 def _collate(rows:list[dict], pad_id:int)->dict[str, Tensor]: # one padded batch
     labels = dict(labels=torch.tensor([r['labels'] for r in rows]))
-    if 'pixel_values' in rows[0]:
-        images = [torch.as_tensor(r['pixel_values'], dtype=torch.float32) for r in rows]
-        return labels | dict(pixel_values=torch.stack(images))
+    if 'pixel_values' in rows[0]: return labels | dict(pixel_values=torch.stack([r['pixel_values'] for r in rows]))
     ids = [r['input_ids'] for r in rows]
     n = max(map(len, ids))
     pad = lambda fill: torch.tensor([[*x, *[fill] * (n - len(x))] for x in ids])
@@ -163,6 +169,8 @@ def finetune(
     **tracking,             # further TrainingArguments, e.g. report_to, run_name
 )->list[dict]:              # learning curve: step, loss, learning_rate
     "Train backbone and head with AdamW, linear decay, batches of similar length."
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
     groups = {recipe.lr: [], recipe.head_lr: []}
     for n, p in model.named_parameters():
         p.requires_grad_(not _frozen(n, recipe.freeze))
@@ -177,8 +185,8 @@ def finetune(
             bf16=recipe.precision == 'bfloat16', remove_unused_columns=False,
             train_sampling_strategy='group_by_length' if 'input_ids' in train.column_names else 'random',
             dataloader_pin_memory=False, **{'report_to': 'none'} | tracking)
-        trainer = Trainer(model, args, data_collator=partial(_collate, pad_id=pad_id), train_dataset=train,
-                          optimizers=(optimizer, None), callbacks=[_Heartbeat(tell)])
+        trainer = Trainer(model, args, data_collator=partial(_collate, pad_id=pad_id), train_dataset=_rows(train),
+                          optimizers=(optimizer, None), callbacks=[_heartbeat(tell)])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.cpu().eval()

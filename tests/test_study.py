@@ -31,14 +31,16 @@ def project(tmp_path_factory):
     head = default.split('\n[text]')[0]
     mini = SETTINGS.replace('[mini]', '[mini]' + quick)
     mine = '\n[task:mine]\npath = mine.csv\ntext = body\nlabel = queue\n\n[own]\nmodel = no_model\ntasks = mine\n'
+    small = '\ntasks = digits:0-1\ntrain_size = 60\nval_size = 20\ntest_size = 20\n'
+    mine += f'\n[hub]\nmodel = someone/some-model{small}\n[cut]\nmodel = cut_off{small}'
     (root/'settings.ini').write_text(head + '\n' + mini + mine)
     shutil.copytree(ROOT/'nbs'/'analysis', root/'nbs'/'analysis')
     return root
 
 
-def call(root, *args, **kw):
-    env = os.environ | dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', COLUMNS='150')
-    return subprocess.run([*CLI, *args], cwd=root, env=env, capture_output=True, text=True, timeout=600, **kw)
+def call(root, *args, env={}):
+    env = os.environ | dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', COLUMNS='150') | env
+    return subprocess.run([*CLI, *args], cwd=root, env=env, capture_output=True, text=True, timeout=600)
 
 
 def record(root, method): return json.loads((root/'runs'/'mini'/method/'seed0-order0'/'record.json').read_text())
@@ -77,8 +79,8 @@ def test_resumed_study_ends_with_figures_and_table(project, finished):
     *_, done = finished
     assert done.returncode == 0, done.stdout + done.stderr
     figures = project/'runs'/'mini'/'figures'
-    for name in ('compare.svg', 'compare.png', 'learning_curves.svg', 'cosines.svg', 'interference.svg',
-                 'summary.csv', 'summary.md'):
+    for name in ('compare.svg', 'compare.png', 'differences.svg', 'significance.svg', 'learning_curves.svg', 'retention.svg',
+                 'cosines.svg', 'interference.svg', 'summary.csv', 'summary.md', 'differences.csv'):
         assert (figures/name).stat().st_size > 100, name
     assert 'Soft Soup' in done.stdout and 'Sequential fine-tuning' in done.stdout
 
@@ -99,6 +101,45 @@ def test_record_holds_the_whole_run(project, finished):
     assert r['tasks'] == ['digits:0-1', 'digits:2-3', 'digits:4-5']
     assert r['seed'] == 0 and r['params'].keys() == {'p', 'rho', 'lam'}
     assert set(r['inputs']) == {'base', 'tasks', 'experts', 'recipe'} and r['versions']['torch'] and r['seconds']['total'] > 0
+
+
+def test_record_keeps_single_answers(project, finished):
+    "The matrix, the experts' level and the probe's are means of what is kept bit by bit."
+    from direction_fusion.metrics import unpack_bits
+    r = record(project, 'dora')
+    mean = lambda text, n: unpack_bits(text, n).mean()
+    n, hits = r['correct']['n'], r['correct']['R']
+    assert all(mean(hits[i][j], n[j]) == r['R'][i][j] for i in range(3) for j in range(i + 1))
+    assert all(hits[i][j] is None for i in range(3) for j in range(i + 1, 3))
+    for level in ('experts', 'probe'): assert [mean(x, k) for x, k in zip(r['correct'][level], n)] == r[level]
+
+
+def test_methods_that_measure_run_like_any_other(project, finished):
+    "RegMean and Fisher merging: statistics of training inputs without labels, kept beside the experts; the record counts them."
+    done = call(project, 'study', 'mini', '--methods', 'regmean,fisher')
+    assert done.returncode == 0, done.stdout + done.stderr
+    for method, kind in (('regmean', 'covariance'), ('fisher', 'fisher')):
+        r = record(project, method)
+        assert r['inputs']['statistics'] == dict(kind=kind, part='train', labels=False, examples={t: 64 for t in r['tasks']})
+        assert r['R'][0][0] == r['experts'][0]              # one expert is left as it is
+    kept = list((project/'runs'/'cache'/'statistics').glob('*.safetensors'))
+    assert len(kept) == 2 * 3                               # two kinds, three experts
+    assert not list((project/'runs').rglob('.part-*'))
+
+
+def test_orders_share_what_does_not_depend_on_them(project, finished):
+    "A method that is free of order ends in every order with the same model: merged and evaluated once."
+    from direction_fusion.study import load_study, task_order
+    study = load_study('mini', project)
+    other = next(o for o in range(1, 20) if set(task_order(study, o)[:2]) == set(task_order(study, 0)[:2])
+                 and task_order(study, o) != task_order(study, 0))
+    merged = lambda: len(list((project/'runs'/'cache'/'fused').glob('*.json')))
+    before = merged()
+    assert call(project, 'study', 'mini', '--methods', 'soft_soup', '--orders', str(other)).returncode == 0
+    assert merged() == before + 1                           # its first task alone; both pairs and all three were there
+    a = record(project, 'soft_soup')
+    b = json.loads((project/'runs'/'mini'/'soft_soup'/f'seed0-order{other}'/'record.json').read_text())
+    assert dict(zip(b['tasks'], b['R'][-1])) == dict(zip(a['tasks'], a['R'][-1])) and b['tasks'] != a['tasks']
 
 
 def test_same_seed_gives_the_same_matrix(project, finished, tmp_path):
@@ -149,7 +190,7 @@ def test_failed_job_is_listed_and_the_rest_goes_on(project, finished):
 
 
 @pytest.mark.parametrize('args, says', [
-    (('study', 'nope'), "unknown study 'nope'; settings.ini has mini, own"),
+    (('study', 'nope'), "unknown study 'nope'; settings.ini has mini, own, hub, cut"),
     (('study', 'mini', '--methods', 'doro'), "unknown method 'doro'; did you mean 'dora'?"),
     (('study', 'mini', '--methods', 'dora(rho=-1)'), '`rho` of dora must be in [0, inf], got -1'),
     (('study', 'mini', '--seeds', 'x'), '`--seeds` must be integers'),
@@ -182,3 +223,19 @@ def test_model_folder_without_weights(project):
     p = call(project, 'study', 'own', '--methods', 'soft_soup')
     out = p.stdout + p.stderr
     assert p.returncode == 2 and 'is no model folder: it has no config.json' in out and 'Traceback' not in out
+
+
+def test_hub_model_without_network_fails_once(project):
+    p = call(project, 'study', 'hub', '--methods', 'soft_soup', env={'HF_HUB_OFFLINE': '1'})
+    assert p.returncode == 2 and len(p.stderr.strip().splitlines()) == 1 and 'Traceback' not in p.stdout
+    assert "cannot load model 'someone/some-model'" in p.stderr and 'looked up on the hub, which needs a network' in p.stderr
+    assert not (project/'runs'/'hub').exists()              # before any work
+
+
+def test_model_that_is_cut_off_fails_once(project):
+    (project/'cut_off').mkdir(exist_ok=True)
+    (project/'cut_off'/'config.json').write_text('{}')
+    (project/'cut_off'/'model.safetensors').write_bytes(b'x' * 20)
+    p = call(project, 'study', 'cut', '--methods', 'soft_soup')
+    assert p.returncode == 2 and 'cut_off: model.safetensors is no whole safetensors file' in p.stderr
+    assert not (project/'runs'/'cut').exists()
