@@ -37,11 +37,16 @@ def regmean(
     want = (len(deltas), deltas.shape[2], deltas.shape[2])
     if covariances is None: raise ValueError(f"`covariances` of shape {want} are needed for every linear map, got none")
     if covariances.shape != want: raise ValueError(f"`covariances` must have shape {want}, got {tuple(covariances.shape)}")
-    if not torch.isfinite(covariances).all(): raise ValueError("`covariances` must be finite, got NaN or infinity")
-    Cs = [alpha * C + (1 - alpha) * C.diagonal().diag() for C in (c.double() for c in covariances)]
-    mean = deltas.double().mean(0)
-    off = sum((d.double() - mean) @ C for d, C in zip(deltas, Cs))
-    return (lam * (mean + _right_solve(off, sum(Cs), torch.finfo(covariances.dtype).eps))).to(deltas.dtype)
+    total = covariances[0].to(torch.float64, copy=True)
+    for C in covariances[1:]: total += C
+    if not torch.isfinite(total).all(): raise ValueError("`covariances` must be finite, got NaN or infinity")
+    mean, wide = deltas.mean(0), torch.float64 if alpha > .95 else torch.promote_types(deltas.dtype, covariances.dtype)
+    off = torch.zeros_like(mean, dtype=wide)
+    for d, C in zip(deltas, covariances.to(wide)):
+        d = (d - mean).to(wide)
+        off.addmm_(d, C, alpha=alpha).addcmul_(d, C.diagonal(), value=1 - alpha)
+    total = alpha * total + (1 - alpha) * total.diagonal().diag()
+    return (lam * (mean + _right_solve(off.double(), total, torch.finfo(covariances.dtype).eps))).to(deltas.dtype)
 
 # %% ../nbs/07_calibrated.ipynb #3daf8945
 def linear_layers(

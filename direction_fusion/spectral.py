@@ -12,29 +12,45 @@ import functools
 import inspect
 from collections.abc import Callable
 import torch
+from scipy.linalg import eigh as partial_eigh
 from torch import Tensor
 from .geometry import rank_for, thin_svd
 from .sparse import ties
 
 # %% ../nbs/06_spectral.ipynb #bd6600ea
+def _top(G:Tensor, k:int|None)->Tensor: # (n, n) symmetric → (n, k) eigenvectors of the largest eigenvalues, falling
+    n = len(G)
+    if not k or 3 * k > n or G.is_cuda: return torch.linalg.eigh(G)[1].flip(1)[:, :k]
+    return torch.from_numpy(partial_eigh(G.numpy(), subset_by_index=(n - k, n - 1), check_finite=False)[1]).flip(1)
+
 def leading(
     M:Tensor,                     # (d_out, d_in) a matrix
     k:int|None=None               # how many; all by default
 )->tuple[Tensor, Tensor, Tensor]: # U (d_out, k), S (k,), Vh (k, d_in), zero where S is
     "The k leading singular triplets; those of singular value zero are zero throughout."
-    U, S, Vh = thin_svd(M)
-    S = torch.where(torch.arange(len(S), device=S.device) < rank_for(S, 1.), S, 0)[:k]
-    return U[:, :k] * (S > 0), S, Vh[:k] * (S > 0)[:, None]
+    if M.shape[0] < M.shape[1]: return (lambda U, S, Vh: (Vh.mT, S, U.mT))(*leading(M.mT, k))
+    if M.dtype == torch.float64: U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    else:
+        A = M.double()
+        V = _top(A.mT @ A, k)
+        U, Vh = A @ V, V.mT
+        S = U.norm(dim=0)
+        U = U.div_(torch.where(S > 0, S, 1))
+    heard = S[:k] > M.shape[1] * torch.finfo(M.dtype).eps * S[:1]
+    U, S, Vh = U[:, :k] * heard, S[:k] * heard, Vh[:k] * heard[:, None]
+    return U.to(M.dtype), S.to(M.dtype), Vh.to(M.dtype)
 
 def polar_factor(
-    X:Tensor # (m, n)
-)->Tensor:   # (m, n) orthonormal columns if tall, rows if wide, as far as the rank of X allows
+    X:Tensor,        # (m, n)
+    with_S:bool=False# also give the singular values
+)->Tensor|tuple[Tensor, Tensor]: # (m, n) orthonormal columns if tall, rows if wide, as far as the rank of X allows; (min(m, n),)
     "X (XᵀX)^(−1/2), over the eigenvalues above rounding."
-    if X.shape[0] < X.shape[1]: return polar_factor(X.mT).mT
-    e, Q = torch.linalg.eigh(X.double().mT @ X.double())
-    tiny = e[-1] * max((len(e) * torch.finfo(X.dtype).eps) ** 2, len(e) * torch.finfo(torch.float64).eps)
-    root = torch.where(e > tiny, e.clamp_min(1e-300).rsqrt(), 0)
-    return (X.double() @ (Q * root @ Q.mT)).to(X.dtype)
+    if X.shape[0] < X.shape[1]: return (lambda P, S: (P.mT, S) if with_S else P.mT)(*polar_factor(X.mT, True))
+    tall = X.dtype != torch.float64 and X.shape[0] >= 2 * X.shape[1]
+    U, S, Vh = leading(X) if tall else torch.linalg.svd(X, full_matrices=False)
+    heard = S > len(S) * torch.finfo(X.dtype).eps * S[:1]
+    P = (U * heard) @ Vh
+    return (P, S * heard) if with_S else P
 
 # %% ../nbs/06_spectral.ipynb #cea78943
 def tsv_m(
@@ -52,8 +68,8 @@ def iso_c(
     lam:float=1.   # scale; chosen on validation data in the paper
 )->Tensor:         # (d_out, d_in) merged delta
     "λ·σ̄·UVᵀ with UΣVᵀ = ΣΔ_t and σ̄ the mean over all min(d_out, d_in) (arXiv:2502.04959, algorithm 1)."
-    U, S, Vh = leading(deltas.sum(0))
-    return lam * S.mean() * U @ Vh
+    P, S = polar_factor(deltas.sum(0), True)
+    return P.mul_(lam * S.mean())
 
 def cts_split(
     n:int,        # directions there are, min(d_out, d_in)
