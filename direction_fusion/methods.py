@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from torch import Tensor
 from .calibrated import do_merging, fisher_merging, regmean, widen
-from .dora import MAGNITUDES, align_add, align_merged, align_remove, polar_add, polar_merged
+from .dora import MAGNITUDES, align_add, align_merged, align_remove, polar_add, polar_joint, polar_merged
 from .orthogonal import (GRAINS, LOWDIN_GRAINS, SIDES, gram_survey, lowdin, lowdin_survey, norm_rescale, opcm_add,
                                          opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, subspace_add)
 from .soup import (ON, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, slerp_linear,
@@ -194,6 +194,11 @@ METHODS |= dict(
         merged=polar_merged, chunk='row', linear_only=True, order_free=False,
         ranges=dict(on=('delta', 'weight'), magnitude=MAGNITUDES, lam=_positive),
         grid=dict(lam=[.3, .5, .75, .9, 1., 1.1, 1.25, 1.5, 2.]), variant='running mean on the sphere'),
+    dora_polar_joint=Method(
+        'DoRA polar, joint', 'dora', 'polar split: Liu et al. 2024, arXiv:2402.09353, eq. 2; Karcher 1977; this project',
+        rule=polar_joint, chunk='row', linear_only=True, cost='T²·d_out·d_in',
+        ranges=dict(on=('delta', 'weight'), magnitude=MAGNITUDES, lam=_positive),
+        grid=dict(lam=[.3, .5, .75, .9, 1., 1.1, 1.25, 1.5, 2.]), variant='Karcher mean of all directions at once'),
     dora=Method(
         'DoRA', 'dora', 'this project; proxy: arXiv:2503.08099; closed form: RegMean, arXiv:2212.09849, eq. 2',
         add=align_add, merged=align_merged, remove=align_remove, linear_only=True, cost='T·(d_out·d_in·min + min³) + d_in³',

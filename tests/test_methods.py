@@ -253,7 +253,7 @@ def test_order_free_says_the_truth(name):
 
 SIDES = dict(soup='both', baseline='both', orthogonal='both', dora='both', spectral='both', sparse='', calibrated='')
 SIDES_OF = dict(
-    dora_polar='right',                             # lengths and angles of rows
+    dora_polar='right', dora_polar_joint='right',                             # lengths and angles of rows
     knots='left', do_merging='left', widen='left',  # signs and magnitudes in the inputs' basis; lengths and angles of columns
     regmean='left',                                 # the off-diagonal factor belongs to the inputs' basis
     wudi='')                                        # Adam scales each entry on its own
@@ -275,7 +275,7 @@ def test_changes_of_basis(name):
 
 # One expert, copies of one, none that moved
 
-ALONE = dict(dora=dict(rho=0.), dora_polar={}, regmean={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
+ALONE = dict(dora=dict(rho=0.), dora_polar={}, dora_polar_joint={}, regmean={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
 COPIES = ALONE | dict(widen=None, opcm=None)                                                          # T copies
 SUMS = 'orthogonal_deltas', 'orthogonal_subspace', 'orthogonal_model', 'orthogonal_symmetric', 'tsv_m', 'magmax', 'task_arithmetic'
 
