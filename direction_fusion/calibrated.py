@@ -14,7 +14,7 @@ from .core import is_fusable
 
 # %% ../nbs/07_calibrated.ipynb #f2ec3ee5
 def _right_solve(
-    B:Tensor,  # (d_out, d_in) float64
+    B:Tensor,  # (d_out, d_in)
     C:Tensor,  # (d_in, d_in) float64, symmetric, no negative eigenvalues
     eps:float  # rounding of the numbers that C was made from
 )->Tensor:     # (d_out, d_in) X with X C = B, smallest where C does not decide
@@ -22,8 +22,8 @@ def _right_solve(
     d = C.diagonal().clamp_min(0).sqrt()
     inv = torch.where(d > 0, 1 / d, 0)
     L, failed = torch.linalg.cholesky_ex(C * inv * inv[:, None] + torch.diag((d == 0).double()))
-    if failed or L.diagonal().min() ** 2 < 10 * eps: return B @ torch.linalg.pinv(C, hermitian=True, rtol=10 * eps)
-    return torch.cholesky_solve((B * inv).mT, L).mT * inv
+    if failed or L.diagonal().min() ** 2 < 10 * eps: return B @ torch.linalg.pinv(C, hermitian=True, rtol=10 * eps).to(B.dtype)
+    return B @ (torch.cholesky_inverse(L) * inv * inv[:, None]).to(B.dtype)
 
 # %% ../nbs/07_calibrated.ipynb #ee8f8da6
 def regmean(
@@ -46,7 +46,7 @@ def regmean(
         d = (d - mean).to(wide)
         off.addmm_(d, C, alpha=alpha).addcmul_(d, C.diagonal(), value=1 - alpha)
     total = alpha * total + (1 - alpha) * total.diagonal().diag()
-    return (lam * (mean + _right_solve(off.double(), total, torch.finfo(covariances.dtype).eps))).to(deltas.dtype)
+    return (lam * (mean + _right_solve(off, total, torch.finfo(covariances.dtype).eps))).to(deltas.dtype)
 
 # %% ../nbs/07_calibrated.ipynb #3daf8945
 def linear_layers(

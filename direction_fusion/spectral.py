@@ -47,9 +47,16 @@ def polar_factor(
     "X (XᵀX)^(−1/2), over the eigenvalues above rounding."
     if X.shape[0] < X.shape[1]: return (lambda P, S: (P.mT, S) if with_S else P.mT)(*polar_factor(X.mT, True))
     tall = X.dtype != torch.float64 and X.shape[0] >= 2 * X.shape[1]
-    U, S, Vh = leading(X) if tall else torch.linalg.svd(X, full_matrices=False)
-    heard = S > len(S) * torch.finfo(X.dtype).eps * S[:1]
-    P = (U * heard) @ Vh
+    rounding = min(X.shape) * torch.finfo(X.dtype).eps
+    if tall:
+        Y = X.double()
+        e, V = torch.linalg.eigh(Y.mT @ Y)
+        heard = e > rounding ** 2 * e[-1]
+        P, S = (Y @ (V * torch.where(heard, e, 1).rsqrt() * heard @ V.mT)).to(X.dtype), e.clamp_min(0).sqrt().to(X.dtype)
+    else:
+        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+        heard = S > rounding * S[:1]
+        P = (U * heard) @ Vh
     return (P, S * heard) if with_S else P
 
 # %% ../nbs/06_spectral.ipynb #cea78943
