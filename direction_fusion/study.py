@@ -12,6 +12,7 @@ __all__ = ['EVALUATE', 'MEASURED', 'TRAINING', 'FORMAT', 'Study', 'find_root', '
 # %% ../nbs/14_study.ipynb #e041a133
 import ast
 import configparser
+import inspect
 import itertools
 import json
 import math
@@ -22,12 +23,12 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
@@ -75,6 +76,11 @@ class Study:
     tracking:str       # 'none', 'wandb' or 'trackio'
     evaluate:str       # 'seen': on the tasks merged so far; 'next': and on the one to come; 'all'
     stat_examples:int  # unlabelled training examples per task, for methods that measure statistics
+    protocol:str='base'  # what an expert is fine-tuned from: 'base', 'previous' expert or 'fused' model so far
+    heads:str='own'      # 'own': one per task, never fused; 'shared': one for all tasks, fused with the rest
+    lora_rank:int=0      # experts are LoRA adapters of that rank, merged into weights; 0: everything is trained
+    executor:str='local' # 'local' processes or 'slurm'
+    slurm:str=''         # for SLURM, e.g. 'partition=short, time=60, mem=8G, gpus=1, account=mine'
 
     @property
     def runs(self)->Path: # where everything is written
@@ -97,6 +103,7 @@ def find_root(
 
 _KEYS = [f.name for f in fields(Study)][3:]
 _TYPES = {f.name: f.type for f in fields(Study)}
+_OPTIONAL = [f.name for f in fields(Study) if f.default is not MISSING]
 
 def _parse(name:str, key:str, text:str): # one value of a section
     items = tuple(x.strip() for x in re.split(r',(?![^()]*\))', text) if x.strip())
@@ -134,7 +141,7 @@ def load_study(
     given = {**(cfg['DEFAULT'] if 'DEFAULT' in cfg else {}), **cfg[name]}
     if bad := given.keys() - set(_KEYS):
         raise ValueError(f"study {name!r}: unknown key {sorted(bad)[0]!r}; valid keys are {', '.join(_KEYS)}")
-    if missing := [k for k in _KEYS if k not in given]:
+    if missing := [k for k in _KEYS if k not in given and k not in _OPTIONAL]:
         raise ValueError(f"study {name!r}: missing key {missing[0]!r}; set it in [{name}] or [DEFAULT]; "
                          f"valid keys are {', '.join(_KEYS)}")
     specs = tuple((s.removeprefix('task:'), tuple(sorted(cfg[s].items()))) for s in cfg.sections() if s.startswith('task:'))
@@ -143,17 +150,17 @@ def load_study(
 
 # %% ../nbs/14_study.ipynb #650b52c2
 EVALUATE = 'seen', 'next', 'all'
+_CHOICES = dict(precision=('auto', 'float32', 'bfloat16'), evaluate=EVALUATE, tracking=('none', 'wandb', 'trackio'),
+                protocol=('base', 'previous', 'fused'), heads=('own', 'shared'), executor=('local', 'slurm'))
 
 def _checked(study:Study)->Study: # raises before anything runs
     check_stream(list(study.tasks), task_specs(study))
     for n in ('train_size', 'val_size', 'test_size', 'stat_examples'):
         if getattr(study, n) < 1: raise ValueError(f"study {study.name!r}: `{n}` must be at least 1, got {getattr(study, n)}")
-    if study.precision not in ('auto', 'float32', 'bfloat16'):
-        raise ValueError(f"study {study.name!r}: `precision` must be auto, float32 or bfloat16, got {study.precision!r}")
-    if study.evaluate not in EVALUATE:
-        raise ValueError(f"study {study.name!r}: `evaluate` must be one of {', '.join(EVALUATE)}, got {study.evaluate!r}")
-    if study.tracking not in ('none', 'wandb', 'trackio'):
-        raise ValueError(f"study {study.name!r}: `tracking` must be none, wandb or trackio, got {study.tracking!r}")
+    for n, choices in _CHOICES.items():
+        if (got := getattr(study, n)) not in choices:
+            raise ValueError(f"study {study.name!r}: `{n}` must be one of {', '.join(choices)}, got {got!r}")
+    if study.lora_rank < 0: raise ValueError(f"study {study.name!r}: `lora_rank` must be at least 0, got {study.lora_rank}")
     if study.tracking != 'none' and find_spec(study.tracking) is None:
         raise ValueError(f"study {study.name!r}: `tracking = {study.tracking}` needs the package {study.tracking}; "
                          f"install it with pip install {study.tracking}")
@@ -345,7 +352,7 @@ def statistics(
         states, inputs = [b.state | e[0] for e in experts.values()], [stat_inputs(study, n) for n in experts]
         found = merged_covariances(b.backbone, states, inputs, params['alpha'])
         return {n: dict(covariance=own(c)) for n, c in zip(experts, found)}
-    out, how = {}, (kind, code_print(), b.print, study.max_tokens, study.data_seed, study.stat_examples)
+    out, how = {}, (kind, sorted(map(str, _called([covariances, fishers], {}).items())), b.print, study.max_tokens, study.data_seed, study.stat_examples)
     for n, (state, head, _) in experts.items():
         path = study.cache/'statistics'/f'{digest(how, files[n].stem, b.prints[n])}.safetensors'
         if not path.exists():
@@ -422,13 +429,29 @@ def _save(self:Record, out:str|os.PathLike)->Path: # folder with record.json
 Record.save = _save
 
 # %% ../nbs/14_study.ipynb #1534f0e1
-_FUSION = 'core', 'geometry', 'soup', 'orthogonal', 'dora', 'sparse', 'spectral', 'calibrated', 'methods', 'fusion'
+def _called(x, seen:dict)->dict: # qualified name → source, of every function that `x` may call in its own module or package
+    if isinstance(x, Mapping): x = tuple(x.values())
+    if isinstance(x, partial): seen.setdefault(repr(x.keywords)); x = x.func
+    if isinstance(x, tuple | list):
+        for y in x: _called(y, seen)
+    if not isinstance(x, FunctionType) or x.__module__.split('.')[0] in _FOREIGN or (x.__module__, x.__qualname__) in seen: return seen
+    seen[x.__module__, x.__qualname__] = inspect.getsource(x)
+    codes = [x.__code__]
+    for c in codes: codes += [k for k in c.co_consts if isinstance(k, CodeType)]
+    for n in sorted({n for c in codes for n in c.co_names} & x.__globals__.keys()): _called(x.__globals__[n], seen)
+    for c in x.__closure__ or (): _called(c.cell_contents, seen)
+    return seen
+
+_FOREIGN = 'torch', 'numpy', 'scipy', 'functools', 'math', 'itertools'
 
 @lru_cache
-def code_print()->str: # hash of the fusion code
-    "Fingerprint of the modules that decide what a fusion gives: a changed formula gives new records."
-    folder = Path(direction_fusion.__file__).parent
-    return digest(*[(folder/f'{m}.py').read_text() for m in _FUSION if (folder/f'{m}.py').exists()])
+def code_print(method:str)->str: # hash of the code behind a method
+    "Fingerprint of what decides a method's result: a changed formula gives new records, of the methods that use it alone."
+    m, folder = get_method(method), Path(direction_fusion.__file__).parent
+    plan = [getattr(m, f.name) for f in fields(m)]
+    sources = _called([x for x in plan if callable(x) or isinstance(x, tuple)], {})
+    plain = m.linear_only, m.rescale is None, m.needs, m.per_expert # what of the entry is neither code nor parameter
+    return digest([(folder/f'{f}.py').read_text() for f in ('core', 'fusion')], sorted(map(str, sources.items())), plain)
 
 def versions()->dict: # package → version
     "Versions that a result may depend on."
@@ -485,7 +508,7 @@ def folding(
     def fused(names):
         names = [n for n in study.tasks if n in names] if m.order_free else list(names)
         more = [[b.prints[n] for n in names], study.max_tokens, study.stat_examples, study.data_seed] if m.needs else []
-        key = digest('fused', code_print(), b.print, [files[n].stem for n in names], method, full, seed if m.random else 0, more)
+        key = digest('fused', code_print(method), b.print, [files[n].stem for n in names], method, full, seed if m.random else 0, more)
         path, made = study.cache/'fused'/f'{key}.json', None
         if not path.exists():
             t0 = time.perf_counter()
@@ -577,7 +600,7 @@ def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: 
     "Hash of all that decides a record."
     b, names, m = bench(study), task_order(study, order), get_method(method)
     return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], asdict(recipe_of(study, seed)),
-                  method_label(method, params), seed, code_print(), study.evaluate,
+                  method_label(method, params), seed, code_print(method), study.evaluate,
                   [study.stat_examples, study.data_seed] if m.needs in MEASURED else [])
 
 # %% ../nbs/14_study.ipynb #7c6bf22a
