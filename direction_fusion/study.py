@@ -82,13 +82,8 @@ class Study:
     executor:str='local' # 'local' processes or 'slurm'
     slurm:str=''         # for SLURM, e.g. 'partition=short, time=60, mem=8G, gpus=1, account=mine'
 
-    @property
-    def runs(self)->Path: # where everything is written
-        return Path(self.root)/'runs'/self.name
-
-    @property
-    def cache(self)->Path: # shared by all studies
-        return Path(self.root)/'runs'/'cache'
+    runs = property(lambda self: Path(self.root)/'runs'/self.name)  # where everything is written
+    cache = property(lambda self: Path(self.root)/'runs'/'cache')   # shared by all studies
 
 # %% ../nbs/14_study.ipynb #7db0a16e
 def find_root(
@@ -352,7 +347,8 @@ def statistics(
         states, inputs = [b.state | e[0] for e in experts.values()], [stat_inputs(study, n) for n in experts]
         found = merged_covariances(b.backbone, states, inputs, params['alpha'])
         return {n: dict(covariance=own(c)) for n, c in zip(experts, found)}
-    out, how = {}, (kind, sorted(map(str, _called([covariances, fishers], {}).items())), b.print, study.max_tokens, study.data_seed, study.stat_examples)
+    code = sorted(map(str, _called([covariances, fishers], {}).items()))
+    out, how = {}, (kind, code, b.print, study.max_tokens, study.data_seed, study.stat_examples)
     for n, (state, head, _) in experts.items():
         path = study.cache/'statistics'/f'{digest(how, files[n].stem, b.prints[n])}.safetensors'
         if not path.exists():
@@ -434,8 +430,9 @@ def _called(x, seen:dict)->dict: # qualified name → source, of every function 
     if isinstance(x, partial): seen.setdefault(repr(x.keywords)); x = x.func
     if isinstance(x, tuple | list):
         for y in x: _called(y, seen)
-    if not isinstance(x, FunctionType) or x.__module__.split('.')[0] in _FOREIGN or (x.__module__, x.__qualname__) in seen: return seen
-    seen[x.__module__, x.__qualname__] = inspect.getsource(x)
+    if not isinstance(x, FunctionType) or x.__module__.split('.')[0] in _FOREIGN: return seen
+    if (key := (x.__module__, x.__qualname__)) in seen: return seen
+    seen[key] = inspect.getsource(x)
     codes = [x.__code__]
     for c in codes: codes += [k for k in c.co_consts if isinstance(k, CodeType)]
     for n in sorted({n for c in codes for n in c.co_names} & x.__globals__.keys()): _called(x.__globals__[n], seen)
@@ -444,6 +441,7 @@ def _called(x, seen:dict)->dict: # qualified name → source, of every function 
 
 _FOREIGN = 'torch', 'numpy', 'scipy', 'functools', 'math', 'itertools'
 
+# %% ../nbs/14_study.ipynb #272a989c
 @lru_cache
 def code_print(method:str)->str: # hash of the code behind a method
     "Fingerprint of what decides a method's result: a changed formula gives new records, of the methods that use it alone."
@@ -508,7 +506,8 @@ def folding(
     def fused(names):
         names = [n for n in study.tasks if n in names] if m.order_free else list(names)
         more = [[b.prints[n] for n in names], study.max_tokens, study.stat_examples, study.data_seed] if m.needs else []
-        key = digest('fused', code_print(method), b.print, [files[n].stem for n in names], method, full, seed if m.random else 0, more)
+        made_of = [files[n].stem for n in names], method, full, seed if m.random else 0, more
+        key = digest('fused', code_print(method), b.print, made_of)
         path, made = study.cache/'fused'/f'{key}.json', None
         if not path.exists():
             t0 = time.perf_counter()
