@@ -44,18 +44,17 @@ def frugal(method:str)->bool: # True for sequential methods that need weights al
     return m is not None and m.kind == 'sequential' and not m.needs
 
 # %% ../nbs/33_ranking.ipynb #1bd1c35f
-def _against(found:dict, titles:Sequence[str], at:int, others:Sequence[int], clear, what:str)->list[str]: # sentences about one
+def _against(found:dict, titles:Sequence[str], at:int, others:Sequence[int], clear, what:str)->str: # sentences about one
     below, same, above = ([j for j in others if sign(j)] for sign in (
         lambda j: clear[at, j] and found['difference'][at, j] > 0, lambda j: not clear[at, j],
         lambda j: clear[at, j] and found['difference'][at, j] < 0))
     out = []
     if below:
         near = min(below, key=lambda j: found['difference'][at, j])
-        out.append(f"{what} is better than {len(below)} of {len(others)}, the nearest of them "
-                   f"{titles[near]} by {_gap(found, at, near)}.")
-    if same: out.append(f"It cannot be told from {_listed([titles[j] for j in same])}.")
-    if above: out.append(f"It is worse than {_listed([f'{titles[j]} by {_gap(found, j, at)}' for j in above])}.")
-    return out
+        out.append(f"is better than {len(below)} of {len(others)}, the nearest of them {titles[near]} by {_gap(found, at, near)}")
+    if same: out.append(f"cannot be told from {_listed([titles[j] for j in same])}")
+    if above: out.append(f"is worse than {_listed([f'{titles[j]} by {_gap(found, j, at)}' for j in above])}")
+    return f"{what} {'; it '.join(out)}."
 
 # %% ../nbs/33_ranking.ipynb #0f52772d
 def established(
@@ -69,12 +68,12 @@ def established(
     found, titles, every = pairwise(values, tasks), [g[0].title for g in groups], range(len(groups))
     clear, mean = found['p'] < alpha, found['difference'].mean(1)
     best, others = int(mean.argmax()), lambda i, among: [j for j in among if j != i]
-    out = _against(found, titles, best, others(best, every), clear, f'**{titles[best]}**, the best mean,')
+    out = [_against(found, titles, best, others(best, every), clear, f'**{titles[best]}**, the best mean,')]
     if own := [i for i in every if frugal(groups[i][0].method)]:
         lead = max(own, key=lambda i: mean[i])
         joint = [j for j in every if j not in own and groups[j][0].method.partition('(')[0] != 'sequential']
         for name, among in (('sequential, data-free peers', others(lead, own)), ('methods that see all experts at once', joint)):
-            if among: out += [f'Among {name}:', *_against(found, titles, lead, among, clear, f'**{titles[lead]}**')]
+            if among: out.append(_against(found, titles, lead, among, clear, f'Beside {name}, **{titles[lead]}**'))
     if (soup := next((i for i in every if groups[i][0].method == 'soft_soup'), None)) is not None:
         up = [j for j in every if clear[j, soup] and found['difference'][j, soup] > 0]
         out.append(f"Better than the plain average: {_listed([titles[j] for j in up]) if up else 'none'}.")
