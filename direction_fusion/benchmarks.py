@@ -93,13 +93,13 @@ def merge(name, n=None, given='weights', stats=(), **params):
     out = merge_deltas(m, p, 'w', deltas, zero, survey=survey, stats=stats)
     return out if given == 'deltas' or free else base + out
 ''', plain='''
-def full_opcm(alpha=.5): # arXiv:2501.09522 as it is written: orthogonal matrices in full
+def full_opcm(alpha=.5, diagonal=True): # arXiv:2501.09522 as it is written: orthogonal matrices in full
     M = D[0]
     for d in D[1:]:
         U, S, Vh = torch.linalg.svd(M, full_matrices=True)
         r = int((S.cumsum(0) / S.sum() > alpha).nonzero()[0]) + 1
         P = U.mT @ d @ Vh.mT
-        P.diagonal().zero_()
+        if diagonal: P.diagonal().zero_()
         P[:r, :r] = 0
         M = M + U @ P @ Vh
     return M
@@ -185,7 +185,7 @@ CASES |= dict(
     opcm=dict(ours="merge('opcm', inclusive=False)", method='opcm',
               fusion_bench='run(OPCM(alpha=.5, **off))'),
     opcm_deltas=dict(ours="merge('opcm', given='deltas')", plain='full_opcm()', method='opcm'),
-    opcm_block=dict(ours="merge('opcm', given='deltas', zero_diagonal=False)", method='opcm'),
+    opcm_block=dict(ours="merge('opcm', given='deltas', zero_diagonal=False)", plain='full_opcm(diagonal=False)', method='opcm'),
     tsv_m=dict(ours="merge('tsv_m', given='deltas')", fusion_bench="tsv(taus, accelerator='cpu')['l.weight']"),
     iso_c=dict(ours="merge('iso_c', given='deltas')", fusion_bench="iso_c(taus, 'cpu')['l.weight']"),
     iso_cts=dict(ours="merge('iso_cts', given='deltas')", fusion_bench="iso_cts(taus, .8, 'cpu')['l.weight']"),
@@ -199,7 +199,7 @@ CASES |= dict(
     fisher=dict(ours="merge('fisher', given='deltas', stats=[{'fisher': f} for f in F])", statistics='fisher'))
 CASES |= {name: dict(ours=f"merge('{name}', given='deltas')") for name in (
     'orthogonal_deltas', 'orthogonal_model', 'orthogonal_symmetric', 'orthogonal_subspace', 'dora_polar', 'dora', 'nufilt',
-    'orthomerge', 'tsv_m_svc', 'do_merging', 'widen')}
+    'orthomerge', 'tsv_m_svc', 'do_merging', 'widen', 'dora_polar_joint')}
 
 # %% ../nbs/19_benchmarks.ipynb #2ecf91a3
 def save_benchmark(record:Mapping, path)->None: # from `benchmark`; file to write

@@ -8,6 +8,7 @@ __all__ = ['LABELS', 'regmean', 'linear_layers', 'collect_covariances', 'covaria
 
 # %% ../nbs/07_calibrated.ipynb #52a36387
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 import torch
 from torch import Tensor, nn
 from .core import is_fusable
@@ -66,6 +67,9 @@ def _tokens(x:Tensor, mask:Tensor|None, k:str)->Tensor: # (rows, d_in) inputs th
     return x[mask.bool()]
 
 # %% ../nbs/07_calibrated.ipynb #4fcb3593
+class _Behind(Exception): # raised by a hook: nothing that follows in this forward pass is measured
+    pass
+
 @torch.no_grad()
 def collect_covariances(
     model:nn.Module,           # called as model(**batch); runs in evaluation mode, and is left as it was
@@ -85,7 +89,9 @@ def collect_covariances(
     hooks, modes = [watch(k) for k in layers], {m: m.training for m in model.modules()}
     model.eval()
     try:
-        for batch in batches: mask = batch.get('attention_mask'); model(**_inputs(batch))
+        for batch in batches:
+            mask = batch.get('attention_mask')
+            with suppress(_Behind): model(**_inputs(batch))
     finally:
         for h in hooks: h.remove()
         for m, mode in modes.items(): m.training = mode
@@ -114,6 +120,16 @@ def _mean(states:Sequence[Mapping[str, Tensor]], ks:Iterable[str])->dict[str, Te
     ks = [k for k in ks if is_fusable(states[0][k])]
     return {k: torch.stack([s[k].double() for s in states]).mean(0).to(states[0][k].dtype) for k in ks}
 
+@contextmanager
+def _until(module:nn.Module, calls:int): # forward passes end behind that many calls of the module; 0: never. Gives [calls seen]
+    seen = [0]
+    def hook(*_):
+        seen[0] += 1
+        if calls and seen[0] % calls == 0: raise _Behind
+    handle = module.register_forward_hook(hook)
+    try: yield seen
+    finally: handle.remove()
+
 def _layer(Ws:list[Tensor], Cs:list[Tensor], flip:bool, alpha:float)->Tensor: # one merged weight, stored as it was
     W = torch.stack([w.mT if flip else w for w in Ws]).double()
     out = regmean(W, torch.stack(Cs), alpha).to(Ws[0].dtype)
@@ -131,11 +147,15 @@ def merged_covariances(
     layers, before, blocks = linear_layers(model), {k: v.clone() for k, v in model.state_dict().items()}, block_layers(model)
     out, held = [{} for _ in experts], tuple(p for p, _ in blocks)
     merged = _mean(experts, [k for k in before if not k.startswith(held)])
+    ends, calls = [layers[p] if p in layers else model.get_submodule(p[:-1]) for p, _ in blocks], None
     try:
-        for prefix, ks in blocks:
+        for i, (prefix, ks) in enumerate(blocks):
             for t, (expert, inputs) in enumerate(zip(experts, batches)):
                 model.load_state_dict(before | dict(expert) | merged)
-                out[t] |= collect_covariances(model, inputs, ks)
+                with ExitStack() as hooks: # the very first pass runs through, and counts how often a pass calls each block
+                    seen = [hooks.enter_context(_until(*e)) for e in ([(m, 0) for m in ends] if calls is None else [calls[i]])]
+                    out[t] |= collect_covariances(model, inputs, ks)
+                calls = calls or [(m, n // max(1, len(inputs))) for m, (n,) in zip(ends, seen)]
             if lost := [k for k in ks if any(k not in o for o in out)]: raise ValueError(f"{lost[0]!r} is reached by no input")
             merged |= _mean(experts, [k for k in before if k.startswith(prefix)])
             flips = {k: type(layers[k]).__name__ == 'Conv1D' for k in ks}

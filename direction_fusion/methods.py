@@ -53,7 +53,7 @@ class Method:
     rescale:Callable|None=None           # whole-model scale after each expert: (norm of merged, norms of experts) → scale
     linear_only:bool=False               # True: parameters that are no linear maps take the fallback
     fallback:tuple[Callable,Callable,Callable|None]=(soup_add, mean_merged, soup_remove) # add, merged, remove for the others
-    needs:str=''                         # 'covariance', 'fisher' or 'validation' where weights alone do not do
+    needs:str=''                         # 'covariance', 'merged_covariance' (behind fused blocks), 'fisher' or 'validation'
     random:bool=False                    # draws from `generator`
     order_free:bool=True                 # the result does not depend on the order of the experts
     cost:str='T·d_out·d_in'              # operations per matrix
@@ -294,8 +294,12 @@ METHODS |= dict(
     regmean=Method(
         'RegMean', 'calibrated', 'Jin et al. 2023, arXiv:2212.09849, eq. 2', rule=regmean, needs='covariance', linear_only=True,
         cost='T·d_out·d_in² + d_in³', ranges=dict(alpha=_share, lam=_any), grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]),
-        variant='off-diagonal factor α as in the paper; the mean where no input speaks; with the statistics of '
-                '`merged_covariances` it is RegMean++ (arXiv:2508.03121)'),
+        variant='off-diagonal factor α as in the paper; the mean where no input speaks'),
+    regmean_pp=Method(
+        'RegMean++', 'calibrated', 'Nguyen et al. 2025, arXiv:2508.03121', rule=regmean, needs='merged_covariance',
+        linear_only=True, cost='T·d_out·d_in² + d_in³, and blocks × T passes', ranges=dict(alpha=_share, lam=_any),
+        grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]),
+        variant='the rule of RegMean on statistics of `merged_covariances`, measured behind the blocks that are fused already'),
     fisher=Method(
         'Fisher merging', 'calibrated', 'Matena and Raffel 2022, arXiv:2111.09832', rule=fisher_merging, needs='fisher',
         ranges=dict(floor=_share, lam=_positive), grid=_MEAN,

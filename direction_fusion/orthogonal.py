@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOWDIN_GRAINS', 'SIDES', 'project_out', 'orthogonal_add', 'gram_survey', 'gram_schmidt_weights', 'orthogonal_model',
-           'lowdin_survey', 'lowdin_weights', 'lowdin', 'turned', 'protected', 'project_out_subspace', 'subspace_add',
-           'opcm_add', 'opcm_add_other', 'opcm_merged', 'norm_rescale']
+           'lowdin_survey', 'lowdin_weights', 'lowdin', 'gram_eigh', 'turned', 'protected', 'project_out_subspace',
+           'subspace_add', 'opcm_add', 'opcm_add_other', 'opcm_merged', 'norm_rescale']
 
 # %% ../nbs/03_orthogonal.ipynb #44dac184
 from collections.abc import Callable, Sequence
 import torch
+from scipy.linalg import eigh
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 from .geometry import gram, rank_for, thin_svd
 from .soup import GRAINS, sum_merged
@@ -103,6 +105,20 @@ def lowdin(
 # %% ../nbs/03_orthogonal.ipynb #cf99f064
 SIDES = 'both', 'right'
 
+def gram_eigh(
+    A:Tensor,        # (m, n) float64
+    k:int|None=None  # how many; all by default
+)->tuple[Tensor, Tensor]: # (k,) eigenvalues of AᵀA, descending, and (n, k) their eigenvectors
+    "Leading eigenpairs of AᵀA: half of the matrix is formed, and of few vectors only those."
+    n = A.shape[1]
+    some = k and 3 * k <= n
+    if A.is_cuda: e, V = torch.linalg.eigh(A.mT @ A)
+    else:
+        G = dsyrk(1., A.contiguous().numpy().T, lower=1)
+        how = dict(driver='evr', subset_by_index=(n - k, n - 1)) if some else dict(driver='evd')
+        e, V = map(torch.from_numpy, eigh(G, lower=True, overwrite_a=True, check_finite=False, **how))
+    return e.flip(0)[:k], V.flip(1)[:, :k]
+
 def turned(
     M:Tensor # (m, n), m ≥ n
 )->tuple[Tensor, Tensor, Tensor]: # W = MV (m, n) with orthogonal columns, S (n,) their lengths, descending, V (n, n) orthogonal
@@ -110,8 +126,7 @@ def turned(
     if M.dtype == torch.float64:
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
         return U * S, S, Vh.mT
-    G = sum(x.mT @ x for x in (rows.double() for rows in M.split(1024)))
-    V = torch.linalg.eigh(G)[1].flip(1).to(M.dtype)
+    V = gram_eigh(M.double())[1].to(M.dtype)
     W = M.clone() @ V # a fresh copy is aligned: read from a file, the same numbers could be multiplied in another order
     S, i = W.norm(dim=0).sort(descending=True)
     return (W, S, V) if bool((i.diff() > 0).all()) else (W[:, i], S, V[:, i])

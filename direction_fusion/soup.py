@@ -98,7 +98,7 @@ def gram(
     deltas:Tensor,          # (T, *shape) deltas
     base:Tensor|None=None,  # (*shape) base weight, if the vectors are weights
     grain:str='tensor',     # as in `vectors`
-    chunk:int=2**16         # entries of each expert that are held in float64 at a time
+    chunk:int=2**13         # entries of each expert that are held in float64 at a time
 )->Tensor:                  # (n, T, T) float64
     "G_st = ⟨v_s, v_t⟩, summed in float64."
     V, B = vectors(deltas, grain), None if base is None else vectors(base[None], grain)

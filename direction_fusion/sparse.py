@@ -187,13 +187,21 @@ def ties(
 # %% ../nbs/05_sparse.ipynb #1aa15a1f
 RESCALE = 'expectation', 'l1', 'none'
 
+def _kept(n:int, q:float|Tensor, generator:torch.Generator)->Tensor: # (n,) True with probability q
+    at = generator.device                                    # a draw of 64 bits serves two entries
+    draws = torch.empty((n + 1) // 2, dtype=torch.int64, device=at).random_(-2**63, None, generator=generator)
+    x = draws.view(torch.int32)[:n]
+    if isinstance(q, Tensor): return x.to(q.dtype) <= q.to(at) * 2**32 - 2**31
+    cut = round(q * 2**32) - 2**31
+    return x <= cut - 1 if cut > -2**31 else torch.zeros_like(x, dtype=torch.bool)
+
 def _survive(d:Tensor, q:float|Tensor, generator:torch.Generator, rescale:str, out:Tensor)->float: # scale; survivors in `out`
     d, o, total, left = d.reshape(-1), out.view(-1), 0., 0.
     if isinstance(q, Tensor): q = q.reshape(-1)
     for i in range(0, len(d), _BLOCK):
         s = slice(i, i + _BLOCK)
-        c, u = q[s] if isinstance(q, Tensor) else q, torch.rand(len(d[s]), generator=generator, device=generator.device)
-        torch.mul(d[s], u.to(d.device).neg_().add_(c).ceil_(), out=o[s])     # ⌈q − u⌉ is 1 where u < q, else 0
+        c = q[s] if isinstance(q, Tensor) else q
+        torch.mul(d[s], _kept(len(d[s]), c, generator).to(d.device), out=o[s])
         if rescale == 'expectation' and isinstance(c, Tensor): o[s] /= c
         if rescale == 'l1': total, left = total + float(d[s].abs().sum()), left + float(o[s].abs().sum())
     if rescale == 'l1' and left: return total / left
@@ -321,10 +329,13 @@ def magmax_add(
 )->dict:          # the next state
     "Δ where |Δ| ≥ |M|, else M."
     if not state: return dict(largest=delta)
-    m = state['largest'].reshape(-1)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[delta.itemsize]
+    m, last = state['largest'].reshape(-1).view(bits), torch.iinfo(bits)
     out = torch.empty_like(m)
-    for o, d, x in zip(*(v.split(_BLOCK) for v in (out, delta.reshape(-1), m))): torch.where(d.abs() >= x.abs(), d, x, out=o)
-    return dict(largest=out.reshape(delta.shape))
+    for o, d, x in zip(*(v.split(_BLOCK) for v in (out, delta.reshape(-1).view(bits), m))):
+        keep = (d & last.max).sub_(x & last.max) >> last.bits - 1 # magnitudes compare as their bits do: all ones where |d| < |x|
+        torch.bitwise_xor(d, keep & (d ^ x), out=o)
+    return dict(largest=out.view(delta.dtype).reshape(delta.shape))
 
 def magmax_merged(
     state:dict,   # `largest` (*shape)

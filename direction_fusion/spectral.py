@@ -12,17 +12,12 @@ import functools
 import inspect
 from collections.abc import Callable
 import torch
-from scipy.linalg import eigh as partial_eigh
 from torch import Tensor
 from .geometry import rank_for, thin_svd
+from .orthogonal import gram_eigh
 from .sparse import ties
 
 # %% ../nbs/06_spectral.ipynb #bd6600ea
-def _top(G:Tensor, k:int|None)->Tensor: # (n, n) symmetric → (n, k) eigenvectors of the largest eigenvalues, falling
-    n = len(G)
-    if not k or 3 * k > n or G.is_cuda: return torch.linalg.eigh(G)[1].flip(1)[:, :k]
-    return torch.from_numpy(partial_eigh(G.numpy(), subset_by_index=(n - k, n - 1), check_finite=False)[1]).flip(1)
-
 def leading(
     M:Tensor,                     # (d_out, d_in) a matrix
     k:int|None=None               # how many; all by default
@@ -32,7 +27,7 @@ def leading(
     if M.dtype == torch.float64: U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     else:
         A = M.double()
-        V = _top(A.mT @ A, k)
+        V = gram_eigh(A, k)[1]
         U, Vh = A @ V, V.mT
         S = U.norm(dim=0)
         U = U.div_(torch.where(S > 0, S, 1))
@@ -50,8 +45,8 @@ def polar_factor(
     rounding = min(X.shape) * torch.finfo(X.dtype).eps
     if tall:
         Y = X.double()
-        e, V = torch.linalg.eigh(Y.mT @ Y)
-        heard = e > rounding ** 2 * e[-1]
+        e, V = gram_eigh(Y)
+        heard = e > rounding ** 2 * e[0]
         P, S = (Y @ (V * torch.where(heard, e, 1).rsqrt() * heard @ V.mT)).to(X.dtype), e.clamp_min(0).sqrt().to(X.dtype)
     else:
         U, S, Vh = torch.linalg.svd(X, full_matrices=False)
@@ -97,7 +92,9 @@ def iso_cts(
     if not 0 <= common <= 1: raise ValueError(f"`common` must be in [0, 1], got {common}")
     c, s = cts_split(min(deltas.shape[1:]), len(deltas), common)
     Uc, Sc, Vc = leading(deltas.sum(0), c)
-    own = [leading(d - Uc @ (Uc.mT @ d), s) for d in deltas] if s else []
+    rests = [d - Uc @ (Uc.mT @ d) for d in deltas] if s else []
+    rounding = 10 * min(deltas.shape[1:]) * torch.finfo(deltas.dtype).eps
+    own = [leading(x if x.norm() > rounding * d.norm() else 0 * x, s) for d, x in zip(deltas, rests)]
     U, S, Vh = zip((Uc, Sc, Vc), *own)
     return lam * torch.cat(S).mean() * polar_factor(torch.cat(U, 1)) @ polar_factor(torch.cat(Vh))
 
@@ -141,9 +138,9 @@ def wudi(
     A = sum(u.mT @ u for u in units)
     B = sum(d @ (u.mT @ u) for d, u in zip([d for d in deltas if d.any()], units))
     M = torch.nn.Parameter(deltas.sum(0))
-    adam = torch.optim.Adam([M], lr=lr)
+    adam, M.grad = torch.optim.Adam([M], lr=lr, fused=True), torch.empty_like(B)
     for _ in range(steps):
-        M.grad = 2 * (M.detach() @ A - B)
+        torch.addmm(B, M.detach(), A, beta=-2, alpha=2, out=M.grad)
         adam.step()
     return lam * M.detach()
 
@@ -211,19 +208,29 @@ def nufilt_add(
     return dict(merged=state['merged'] + delta - delta @ Vh.mT @ Vh)
 
 # %% ../nbs/06_spectral.ipynb #74588fa2
+def _procrustes(
+    C:Tensor # (n, n) W0ᵀW
+)->Tensor:   # (n, n) orthogonal, determinant 1
+    U, S, Vh = torch.linalg.svd(C)
+    r = rank_for(S, 1.)
+    if r < len(S): # complete the missing rank by the polar factor of what the identity has there
+        P, _, Qh = torch.linalg.svd(U[:, r:].mT @ Vh[r:].mT)
+        U, Vh = torch.cat([U[:, :r], U[:, r:] @ P], 1), torch.cat([Vh[:r], Qh @ Vh[r:]])
+    R = U @ Vh
+    return R if torch.linalg.det(R) > 0 else R - 2 * torch.outer(U[:, -1], Vh[-1])
+
+def _room(W0:Tensor, W:Tensor)->Tensor|None: # (d_in, r) orthonormal: all that one of them reads; None: as wide as they are
+    return torch.linalg.qr(torch.cat([W0, W]).mT)[0] if 2 * len(W0) < W0.shape[1] else None
+
 def procrustes_rotation(
     W0:Tensor, # (d_out, d_in) base
     W:Tensor   # (d_out, d_in) target
 )->Tensor:     # (d_in, d_in) orthogonal, determinant 1
     "argmin ‖W0 R − W‖ over rotations R; nearest to I where W0ᵀW leaves it open."
-    U, S, Vh = torch.linalg.svd(W0.mT @ W)
-    r = rank_for(S, 1.)
-    if r < len(S): # complete the missing rank by the polar factor of what the identity has there
-        P, _, Qh = torch.linalg.svd(U[:, r:].mT @ Vh[r:].mT)
-        U, Vh = torch.cat([U[:, :r], U[:, r:] @ P], 1), torch.cat([Vh[:r], Qh @ Vh[r:]])
-    sign = torch.ones_like(S)
-    sign[-1] = torch.linalg.det(U @ Vh).sign()
-    return U * sign @ Vh
+    Z = _room(W0, W)
+    if Z is None: return _procrustes(W0.mT @ W)
+    R = _procrustes((W0 @ Z).mT @ (W @ Z))
+    return torch.eye(len(Z), dtype=Z.dtype, device=Z.device) + Z @ (R - torch.eye(len(R), dtype=R.dtype, device=R.device)) @ Z.mT
 
 def cayley_inverse(
     R:Tensor # (n, n) rotation
@@ -251,11 +258,20 @@ def orthomerge(
     "W_0R + λΣ(W_t − W_0R_t) − W_0 with R the mean rotation (arXiv:2602.05943)."
     W0, ds = base.double(), deltas.double()
     against = ((ds * ds.mean(0)).sum(2, keepdim=True) < 0) if conflict else torch.ones_like(ds[..., :1])
-    Qs = torch.stack([cayley_inverse(procrustes_rotation(W0, W0 + d * a)) for d, a in zip(ds, against)])
-    rests = sum(W0 + d - W0 @ cayley(Q) for d, Q in zip(ds, Qs))
-    norm = Qs.sum(0).norm()
-    mean = Qs.sum(0) * (Qs.flatten(1).norm(dim=1).mean() / norm if norm > 1e-8 else 0.)
-    return (W0 @ cayley(mean) + lam * rests - W0).to(deltas.dtype)
+    total, norms, rests = W0.new_zeros(W0.shape[1], W0.shape[1]), [], torch.zeros_like(W0)
+    for d, a in zip(ds, against):
+        Z = _room(W0, W0 + d * a)
+        B, D = (W0, d * a) if Z is None else (W0 @ Z, d * a @ Z)        # in the directions that are read
+        R = _procrustes(B.mT @ (B + D))
+        Q = cayley_inverse(R)
+        norms.append(Q.norm())
+        turned = B @ R - B if norms[-1] > 0 else 0 * B                  # a half turn has no Q: all of it is rest
+        total += Q if Z is None else Z @ Q @ Z.mT
+        rests += d - (turned if Z is None else turned @ Z.mT)
+    norm = total.norm()
+    Q = total * (torch.stack(norms).mean() / norm if norm > 1e-8 else 0.)
+    I = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)
+    return (torch.linalg.solve(I - Q, W0, left=False) @ (I + Q) + lam * rests - W0).to(deltas.dtype)
 
 # %% ../nbs/06_spectral.ipynb #d064d49e
 def svc(

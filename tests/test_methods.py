@@ -55,7 +55,7 @@ def models(T=3, kind='random', d_out=6, d_in=4, dtype=torch.float32, seed=0, onl
 
 
 def statistics(name, base, T, seed=0): # what the entry needs, one mapping per expert; None if it needs nothing
-    need, g = FUSING[name].needs, torch.Generator().manual_seed(seed)
+    need, g = FUSING[name].needs.removeprefix('merged_'), torch.Generator().manual_seed(seed)
     draw = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)
     d_in = {k: b.shape[ROLES[k] == 'linear'] for k, b in base.items() if ROLES[k] in ('linear', 'linear_t')}
     square = lambda x: x.mT @ x / len(x)
@@ -108,7 +108,7 @@ def test_entry_is_complete(name):
     m = METHODS[name]
     assert re.fullmatch(r'[a-z][a-z0-9_]*', name) and m.title.strip() and m.cost.strip() and m.family in FAMILIES
     assert m.kind == 'training' or re.search(r'\d', m.cite) or 'this project' in m.cite, f'cite: {m.cite!r}'
-    assert m.needs in ('', 'covariance', 'fisher', 'validation', 'training')
+    assert m.needs in ('', 'covariance', 'merged_covariance', 'fisher', 'validation', 'training')
     assert [n for n, o in METHODS.items() if o.title == m.title] == [name], 'another entry has this title'
 
 
@@ -119,7 +119,8 @@ def test_fields_fit_the_functions(name):
     assert bool(m.add) == bool(m.merged) and (m.add or not m.remove) and (m.rule or not m.survey)
     assert m.random == ('generator' in args), '`random` says whether the rule draws'
     assert ('survey' in args) == bool(m.survey)
-    assert m.needs not in ('covariance', 'fisher') or {m.needs, m.needs + 's'} & args.keys()
+    need = m.needs.removeprefix('merged_') # measured elsewhere, but a covariance
+    assert need not in ('covariance', 'fisher') or {need, need + 's'} & args.keys()
     assert (m.needs == 'validation') == ('score' in args)
     for f in (m.add, m.merged, m.remove, m.rule, m.whole, m.survey, *m.fallback):
         for n, p in _arguments(f).items(): assert n in (*SLOTS, 'params') or p.default is not p.empty, f'{n} has no default'
@@ -255,7 +256,7 @@ SIDES = dict(soup='both', baseline='both', orthogonal='both', dora='both', spect
 SIDES_OF = dict(
     dora_polar='right', dora_polar_joint='right',                             # lengths and angles of rows
     knots='left', do_merging='left', widen='left',  # signs and magnitudes in the inputs' basis; lengths and angles of columns
-    regmean='left',                                 # the off-diagonal factor belongs to the inputs' basis
+    regmean='left', regmean_pp='left',              # the off-diagonal factor belongs to the inputs' basis
     wudi='')                                        # Adam scales each entry on its own
 
 
@@ -275,7 +276,7 @@ def test_changes_of_basis(name):
 
 # One expert, copies of one, none that moved
 
-ALONE = dict(dora=dict(rho=0.), dora_polar={}, dora_polar_joint={}, regmean={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
+ALONE = dict(dora=dict(rho=0.), dora_polar={}, dora_polar_joint={}, regmean={}, regmean_pp={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
 COPIES = ALONE | dict(widen=None, opcm=None)                                                          # T copies
 SUMS = 'orthogonal_deltas', 'orthogonal_subspace', 'orthogonal_model', 'orthogonal_symmetric', 'tsv_m', 'magmax', 'task_arithmetic'
 
@@ -437,6 +438,13 @@ def test_bad_experts_are_named(name):
 def test_missing_statistics_are_named(name):
     base, experts = models(2)
     with pytest.raises(ValueError, match=f"needs stats={{'{FUSING[name].needs}': …}}"): start(name, base).add(experts[0])
+
+
+def test_regmean_pp_is_regmean_with_other_statistics():
+    base, experts = models(2)
+    stats = statistics('regmean_pp', base, 2)
+    same_bits(run('regmean_pp', base, experts, stats), run('regmean', base, experts, stats))
+    with pytest.raises(ValueError, match='`covariances` of shape .* are needed'): fuse(base, experts, 'regmean_pp', roles=ROLES)
 
 
 # That these tests can fail
