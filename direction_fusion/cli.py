@@ -39,12 +39,21 @@ def study(
     seeds:Annotated[str|None, typer.Option(help="seeds of the experts, e.g. '0,1,2'")]=None,
     orders:Annotated[str|None, typer.Option(help="task orders, e.g. '0,1'")]=None,
     workers:Annotated[int|None, typer.Option(help='processes side by side; 0: one per core')]=None,
+    executor:Annotated[str|None, typer.Option(help='local or slurm')]=None,
+    slurm:Annotated[str|None, typer.Option(help="what to ask of it, e.g. 'partition=short, time=60, mem=8G, gpus=1'")]=None,
+    tracking:Annotated[str|None, typer.Option(help='none, wandb or trackio')]=None,
+    tuned:Annotated[bool, typer.Option(help='also with the settings that `direction-fusion tune` chose')]=False,
+    matched:Annotated[bool, typer.Option(help='also at the same norm of the fused task vector')]=False,
 ):
     "Train the experts of a study, fold every method, draw the figures. What is there already is not done again."
     from direction_fusion.study import load_study
-    given = dict(methods=_split(methods) or None, seeds=_numbers('seeds', seeds),
-                 orders=_numbers('orders', orders), workers=workers)
-    s = load_study(name, **{k: v for k, v in given.items() if v is not None})
+    given = dict(methods=_split(methods) or None, seeds=_numbers('seeds', seeds), orders=_numbers('orders', orders),
+                 workers=workers, executor=executor, slurm=slurm, tracking=tracking)
+    given = {k: v for k, v in given.items() if v is not None}
+    s = load_study(name, **given)
+    if tuned or matched:
+        from direction_fusion.runner import compared_methods
+        s = load_study(name, **given | dict(methods=compared_methods(s, tuned, matched)))
     from direction_fusion.plots import summary_table
     from direction_fusion.runner import records, run_study
     failed = {n: e for n, e in run_study(s).items() if e is not None}
@@ -69,15 +78,21 @@ def _numbers(what:str, text:str|None)->tuple[int, ...]|None: # '0,1' → (0, 1)
 def tune(
     name:Annotated[str, typer.Argument(help='section of settings.ini')],
     methods:Annotated[str|None, typer.Option(help='only these')]=None,
+    seeds:Annotated[str|None, typer.Option(help="seeds of the experts, e.g. '0,1,2'")]=None,
+    orders:Annotated[str|None, typer.Option(help="task orders, e.g. '0,1'")]=None,
     workers:Annotated[int|None, typer.Option(help='processes side by side; 0: one per core')]=None,
+    executor:Annotated[str|None, typer.Option(help='local or slurm')]=None,
+    slurm:Annotated[str|None, typer.Option(help='as for `study`')]=None,
+    shared:Annotated[bool, typer.Option(help='show one setting a method, best in the mean over seeds and orders')]=False,
 ):
     "Judge the settings of every method's grid on validation data. Test examples have no part in it."
     from direction_fusion.study import load_study
-    given = dict(methods=_split(methods) or None, workers=workers)
+    given = dict(methods=_split(methods) or None, seeds=_numbers('seeds', seeds), orders=_numbers('orders', orders),
+                 workers=workers, executor=executor, slurm=slurm)
     s = load_study(name, **{k: v for k, v in given.items() if v is not None})
     from direction_fusion.runner import choices, run_study
     failed = {n: e for n, e in run_study(s, tune=True).items() if e is not None}
-    _show(choices(s), f'{name}: validation accuracy (%) of the best and the worst setting')
+    _show(choices(s, shared and not failed), f'{name}: validation accuracy (%) of the best and the worst setting')
     _report(failed, s.runs)
 
 # %% ../nbs/30_cli.ipynb #badf526d

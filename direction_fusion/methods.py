@@ -62,6 +62,7 @@ class Method:
     published:dict=field(default_factory=dict) # the paper's defaults where ours differ
     most:int|None=None                   # most experts that the rule takes
     per_expert:tuple[str, ...]=()        # hyper-parameters that may be a list with one value per expert
+    options:dict=field(default_factory=dict)   # hyper-parameters of a baseline that trains, with their defaults
     variant:str=''                       # which reading, where sources differ
 
     @property
@@ -77,7 +78,7 @@ def hyperparameters(
 )->dict:           # name → default
     "The arguments of a method's functions that a user sets."
     args = _arguments(method.add, method.merged, method.rule, method.whole, method.survey)
-    return {n: p.default for n, p in args.items() if n not in SLOTS}
+    return {n: p.default for n, p in args.items() if n not in SLOTS} | method.options
 
 def accepted(
     method:Method, # an entry
@@ -130,7 +131,18 @@ METHODS:dict[str, Method] = dict(
         linear=lambda w, scan, p: (w, 0., p['lam'], 1.)),
     sequential=Method(
         'Sequential fine-tuning', 'baseline', 'no fusion: each task continues from the last', order_free=False, needs='training',
-        cost='training'))
+        cost='training'),
+    joint=Method(
+        'Joint training', 'baseline', 'no fusion: all tasks at once', needs='training', cost='training',
+        variant='rows of all tasks, batches mixed; every row of R is the same model'),
+    replay=Method(
+        'Experience replay', 'baseline', 'Chaudhry et al. 2019, arXiv:1902.10486', order_free=False, needs='training',
+        cost='2 × training', options=dict(share=.05), ranges=dict(share=(0, 1)), grid=dict(share=[.02, .05, .1, .2]),
+        variant='share of each earlier task kept; as many rows of the past as of the present'),
+    ewc=Method(
+        'EWC', 'baseline', 'Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3', order_free=False, needs='training',
+        cost='training', options=dict(lam=1e4), ranges=dict(lam=(0, _inf)), grid=dict(lam=[1e2, 1e3, 1e4, 1e5, 1e6]),
+        variant='one penalty per task, summed exactly; Fisher over the model\'s own predictions'))
 
 # %% ../nbs/08_methods.ipynb #3cfeee67
 _SPHERE = dict(scan=gram_scan, chunk=_span_chunk, base_free=_on_weights, cost='T²·d_out·d_in')

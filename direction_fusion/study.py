@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EVALUATE', 'MEASURED', 'TRAINING', 'FORMAT', 'Study', 'find_root', 'read_settings', 'studies', 'load_study',
-           'task_specs', 'recipe_of', 'parse_method', 'method_label', 'unfit', 'left_out', 'method_specs', 'bench',
-           'check_sources', 'task_order', 'expert', 'chain', 'answers', 'labels', 'stat_inputs', 'statistics', 'Record',
-           'write_record', 'read_record', 'code_print', 'versions', 'commit', 'record_path', 'folding',
-           'validation_accuracy', 'run_method', 'probe_predictions', 'run_key', 'settings', 'choose']
+           'task_specs', 'recipe_of', 'study_params', 'parse_method', 'method_label', 'unfit', 'left_out',
+           'method_specs', 'check_heads', 'bench', 'check_sources', 'task_order', 'start', 'expert', 'chain', 'answers',
+           'labels', 'stat_inputs', 'statistics', 'Record', 'write_record', 'read_record', 'code_print', 'versions',
+           'commit', 'record_path', 'folding', 'validation_accuracy', 'gather', 'baseline', 'run_method',
+           'probe_predictions', 'run_key', 'settings', 'choose']
 
 # %% ../nbs/14_study.ipynb #e041a133
 import ast
@@ -23,7 +24,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -43,8 +44,9 @@ from .methods import METHODS, check_params, get_method
 from .metrics import metrics, pack_bits
 from .plots import summary_table
 from .tasks import batches, check_stream, encode, load_stream, task_fingerprint
-from .train import (METRICS, Classifier, Recipe, digest, has_bfloat16, linear_probe, load_backbone,
-                                    load_expert, model_source, predict, pretrained_vit, train_expert)
+from .train import (METRICS, Classifier, Recipe, digest, has_bfloat16, in_memory, linear_probe, load_backbone,
+                                    load_expert, model_source, predict, pretrained_vit, recipe_key, replayed, train_expert,
+                                    train_together)
 
 # %% ../nbs/14_study.ipynb #61e5d5bd
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ def _checked(study:Study)->Study: # raises before anything runs
                          f"install it with pip install {study.tracking}")
     if not study.seeds or not study.orders:
         raise ValueError(f"study {study.name!r}: `seeds` and `orders` need at least one number each")
+    if study.protocol == 'fused' and study.heads == 'own' and study.evaluate != 'seen':
+        raise ValueError(f"study {study.name!r}: `protocol = fused` knows no head of a task to come; set `evaluate = seen`")
     recipe_of(study, study.seeds[0])
     method_specs(study)
     return study
@@ -174,9 +178,22 @@ def recipe_of(study:Study, seed:int)->Recipe: # how the experts of one seed are 
     "The study's recipe; `precision = auto` becomes what this machine does best."
     precision = study.precision if study.precision != 'auto' else 'bfloat16' if has_bfloat16() else 'float32'
     return Recipe(study.lr, study.head_lr, study.epochs, study.batch_size, study.weight_decay, study.warmup, study.freeze,
-                  study.max_tokens, precision, study.threads, seed)
+                  study.max_tokens, precision, study.threads, seed, study.lora_rank)
 
 # %% ../nbs/14_study.ipynb #b26e2112
+def study_params(
+    method:str,     # key of `METHODS`
+    params:Mapping, # hyper-parameters given, and perhaps `norm`
+)->tuple[dict, float|None]: # all hyper-parameters; norm of the merged task vector in mean norms of the experts', or None
+    "Check a method's parameters, and take the study's own word `norm` out of them."
+    m, norm, rest = get_method(method), params.get('norm'), {k: v for k, v in params.items() if k != 'norm'}
+    if 'norm' in params:
+        if m.kind == 'training': raise ValueError(f"{method!r} trains, it does not fuse: it takes no `norm`")
+        if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < math.inf:
+            raise ValueError(f"`norm` of {method} must be a positive number, got {norm!r}")
+    return check_params(m, rest, method), norm
+
+# %% ../nbs/14_study.ipynb #53f864ac
 def parse_method(
     spec:str, # 'dora' or 'dora(rho=1.0, p=0.5)'
 )->tuple[str, dict]: # key of `METHODS`, hyper-parameters given
@@ -188,7 +205,7 @@ def parse_method(
         params = {k.arg: ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
     except (AttributeError, ValueError):
         raise ValueError(f"cannot read method {spec!r}; write it like dora or dora(rho=1.0)") from None
-    check_params(get_method(name), params, name)
+    study_params(name, params)
     return name, params
 
 def method_label(name:str, params:Mapping)->str: # e.g. 'dora' or 'dora(rho=1.0)'
@@ -201,6 +218,7 @@ def unfit(study:Study, method:str)->str: # why a method cannot run in a study; '
     "A method may take fewer tasks than the study has, or need what no study measures."
     m = METHODS[method]
     if m.most and len(study.tasks) > m.most: return f'it needs at most {m.most} tasks'
+    if method == 'ewc' and study.lora_rank: return 'it holds weights where they are, and LoRA trains adapters beside them'
     return '' if m.needs in ('', 'validation', 'training', *MEASURED) else f'it needs {m.needs}, which no study measures'
 
 def left_out(study:Study)->dict[str, str]: # method → why
@@ -216,12 +234,25 @@ def method_specs(study:Study)->list[tuple[str, dict]]: # (key of METHODS, hyper-
     return specs
 
 # %% ../nbs/14_study.ipynb #9836bd08
+def check_heads(study:Study, raw:Mapping)->None: # raises
+    "One head for all tasks needs the same classes in all of them."
+    names = {n: t['train'].features['label'].names for n, t in raw.items()}
+    first = study.tasks[0]
+    if study.heads == 'shared' and (odd := [n for n in names if names[n] != names[first]]):
+        raise ValueError(f"study {study.name!r}: `heads = shared` needs the same classes in every task; {first!r} has "
+                         f"{', '.join(names[first])}, {odd[0]!r} has {', '.join(names[odd[0]])}")
+
+def _pixels(raw:Mapping)->int: # height of the images; 8 where there are none
+    kinds = next(iter(raw.values()))['train'].features
+    return kinds['pixel_values'].shape[-1] if 'pixel_values' in kinds else 8
+
 @lru_cache(maxsize=1)
 def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes, prints, pad
     "Model and encoded tasks of a study; a process loads them once."
     torch.set_num_threads(study.threads)
     raw = load_stream(list(study.tasks), study.train_size, study.val_size, study.test_size, study.data_seed, task_specs(study))
-    backbone, tokenizer = ((pretrained_vit(study.cache), None) if study.model == 'tiny-vit'
+    check_heads(study, raw)
+    backbone, tokenizer = ((pretrained_vit(study.cache, size=_pixels(raw)), None) if study.model == 'tiny-vit'
                            else load_backbone(study.model, study.root))
     text = 'text' in next(iter(raw.values()))['train'].column_names
     if text and tokenizer is None:
@@ -242,7 +273,8 @@ def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes
 # %% ../nbs/14_study.ipynb #3d57dce8
 def check_sources(study:Study)->None: # raises
     "Read every task and look for the model, so that a mistake shows once, before any work is done."
-    load_stream(list(study.tasks), study.train_size, study.val_size, study.test_size, study.data_seed, task_specs(study))
+    raw = load_stream(list(study.tasks), study.train_size, study.val_size, study.test_size, study.data_seed, task_specs(study))
+    check_heads(study, raw)
     if study.model == 'tiny-vit': return
     source = model_source(study.model, study.root)
     if not isinstance(source, Path): load_backbone(study.model, study.root); return # from the hub: fetched once for all workers
@@ -260,6 +292,25 @@ def task_order(
     return [study.tasks[i] for i in np.random.default_rng(order).permutation(len(study.tasks))]
 
 # %% ../nbs/14_study.ipynb #f9db639d
+def start(study:Study, seed:int)->tuple[dict, dict]: # parameters that are fused, and their roles
+    "Where task vectors begin: the base, and with it the fresh head if all tasks share one."
+    b = bench(study)
+    if study.heads == 'own': return b.base, b.roles
+    head = {f'head.{k}': v for k, v in _fresh(study, study.tasks[0], seed).items()}
+    return b.base | head, b.roles | {'head.weight': 'linear', 'head.bias': 'bias'}
+
+def _fresh(study:Study, task:str, seed:int)->dict: # a head before training
+    b = bench(study)
+    return {k: v.clone() for k, v in Classifier(b.backbone, b.classes[task], seed).head.state_dict().items()}
+
+def _whole(study:Study, state:Mapping, head:Mapping)->dict: # the parameters that are fused
+    return dict(state) if study.heads == 'own' else state | {f'head.{k}': v for k, v in head.items()}
+
+def _apart(state:Mapping)->tuple[dict, dict]: # of the backbone, of the shared head
+    head = {k: v for k, v in state.items() if k in ('head.weight', 'head.bias')}
+    return {k: v for k, v in state.items() if k not in head}, {k.removeprefix('head.'): v for k, v in head.items()}
+
+# %% ../nbs/14_study.ipynb #67a887f6
 TRAINING = 1 # raise it when a change to the training code changes its results
 
 def expert(
@@ -268,14 +319,19 @@ def expert(
     seed:int,                   # of head, order of examples and dropout
     history:Sequence[str]=(),   # tasks it was trained on before, one after the other; none: it starts from the base
     tell:Callable[[float], None]=lambda share: None, # is told the share of steps done
+    model:SimpleNamespace|None=None, # start from this fused model: `print`, and `state`, a function
 )->Path:                        # the expert's file, from the cache if it is there
-    "Train one expert from the base, or the next model of a sequential chain."
+    "Train one expert from the base, the next model of a sequential chain, or one from a fused model."
     b, recipe = bench(study), recipe_of(study, seed)
     before = expert(study, history[-1], seed, history[:-1]) if history else None
-    key = digest('expert', TRAINING, b.print, b.prints[task], asdict(recipe), before.stem if before else '')
+    origin = before.stem if before else model.print if model else ''
+    key = digest('expert', TRAINING, b.print, b.prints[task], recipe_key(recipe), origin,
+                 *[study.heads] * (study.heads == 'shared' and origin != ''))
+    path, init, head = study.cache/'experts'/f'{key}.safetensors', None, None
+    if not path.exists() and origin: init, head = _apart(_whole(study, *load_expert(before)[:2]) if before else model.state())
     run = dict(report_to=study.tracking, project=study.name, run_name=f'{task} seed {seed}')
-    return train_expert(b.backbone, b.tasks[task], b.classes[task], recipe, key, study.cache/'experts',
-                        load_expert(before)[0] if before else None, b.pad, tell, **({} if study.tracking == 'none' else run))
+    return train_expert(b.backbone, b.tasks[task], b.classes[task], recipe, key, path.parent, init, b.pad, head, tell,
+                        **({} if study.tracking == 'none' else run))
 
 def chain(study:Study, seed:int, order:int, tell:Callable[[float], None]=lambda share: None)->list[Path]: # one file per task
     "Sequential fine-tuning: each task continues from the model of the last."
@@ -292,21 +348,22 @@ def _batches(study:Study, task:str, split:str, rows:tuple[int, ...]|None=None)->
 
 def answers(
     study:Study,           # the study
-    state:Callable[[], Mapping], # makes the backbone parameters that differ from the base
+    state:Callable[[], Mapping], # makes the parameters that differ from the base; a shared head among them
     print_:str,            # fingerprint of these parameters
-    heads:Mapping[str, Mapping], # task → head: `weight`, `bias`
+    heads:Mapping[str, Mapping], # task → head: `weight`, `bias`; empty where it is shared
     tasks:Sequence[str],   # names of the tasks
     split:str='test',      # or 'validation'
 )->dict[str, np.ndarray]:  # task → (n,) predicted classes
     "What a model answers, from the cache where it is there."
     b, loaded = bench(study), False
-    key = lambda n: digest('predictions', b.print, print_, fingerprint(heads[n]), b.prints[n], study.max_tokens, split)
+    head = lambda n: fingerprint(heads[n]) if heads else 'shared'
+    key = lambda n: digest('predictions', b.print, print_, head(n), b.prints[n], study.max_tokens, split)
     paths = {n: study.cache/'predictions'/f'{key(n)}.npy' for n in tasks}
     try:
         for n in (n for n, p in paths.items() if not p.exists()):
-            if not loaded: b.backbone.load_state_dict(b.state | dict(state())); loaded = True
-            model = Classifier(b.backbone, len(heads[n]['bias'])).eval()
-            model.head.load_state_dict(dict(heads[n]))
+            if not loaded: own, shared = _apart(state()); b.backbone.load_state_dict(b.state | own); loaded = True
+            model = Classifier(b.backbone, b.classes[n]).eval()
+            model.head.load_state_dict(dict(heads[n]) if heads else shared)
             with atomic_path(paths[n]) as p: np.save(p, predict(model, _batches(study, n, split)))
     finally:
         if loaded: b.backbone.load_state_dict(b.state)
@@ -323,17 +380,21 @@ def stat_inputs(study:Study, task:str)->list[dict]: # batches without labels
     rows = np.sort(np.random.default_rng(study.data_seed).permutation(n)[:study.stat_examples])
     return [{k: v for k, v in x.items() if k != 'labels'} for x in _batches(study, task, 'train', tuple(rows.tolist()))]
 
+def _plain(found:Mapping)->dict: return {k.removeprefix('backbone.'): v for k, v in found.items()} # names of a `Classifier`
+
 def _measure(study:Study, kind:str, task:str, state:Mapping, head:Mapping)->dict: # parameter → statistic of one expert
     b, model = bench(study), Classifier(bench(study).backbone, len(head['bias'])).eval()
     try:
-        b.backbone.load_state_dict(b.state | dict(state)); model.head.load_state_dict(dict(head))
-        if kind == 'covariance': return covariances(b.backbone, stat_inputs(study, task))
+        b.backbone.load_state_dict(b.state | _apart(state)[0]); model.head.load_state_dict(dict(head))
+        if kind == 'covariance': return _plain(covariances(model, stat_inputs(study, task)))
         for k, p in b.backbone.named_parameters(): p.requires_grad_(k in b.base)
-        return fishers(model, stat_inputs(study, task), part='backbone.')
+        return _plain(fishers(model, stat_inputs(study, task), part='backbone.' if study.heads == 'own' else '',
+                              normalize=kind == 'fisher'))
     finally:
         for p in b.backbone.parameters(): p.requires_grad_(True)
         b.backbone.load_state_dict(b.state)
 
+# %% ../nbs/14_study.ipynb #e826a6ef
 def statistics(
     study:Study,             # the study
     kind:str,                # one of `MEASURED`
@@ -342,14 +403,19 @@ def statistics(
     params:Mapping,          # hyper-parameters of the method, `alpha` for merged covariances
 )->dict[str, dict]:          # task → {'covariance' or 'fisher': {parameter: statistic}}
     "What a method that measures needs of each expert; cached where it is of one expert alone."
-    b, own = bench(study), lambda x: {k: v for k, v in x.items() if k in bench(study).base}
+    b, base = bench(study), start(study, 0)[0]
+    own = lambda x: {k: v for k, v in x.items() if k in base}
     if kind == 'merged_covariance':
-        states, inputs = [b.state | e[0] for e in experts.values()], [stat_inputs(study, n) for n in experts]
-        found = merged_covariances(b.backbone, states, inputs, params['alpha'])
-        return {n: dict(covariance=own(c)) for n, c in zip(experts, found)}
+        inputs, model = [stat_inputs(study, n) for n in experts], Classifier(b.backbone, b.classes[next(iter(experts))]).eval()
+        full = lambda e: {k if k.startswith('head.') else f'backbone.{k}': v
+                          for k, v in ({f'head.{k}': v for k, v in model.head.state_dict().items()} | b.state | e[0]).items()}
+        try: found = merged_covariances(model, [full(e) for e in experts.values()], inputs, params['alpha'])
+        finally: b.backbone.load_state_dict(b.state)
+        return {n: dict(covariance=own(_plain(c))) for n, c in zip(experts, found)}
     code = sorted(map(str, _called([covariances, fishers], {}).items()))
-    out, how = {}, (kind, code, b.print, study.max_tokens, study.data_seed, study.stat_examples)
-    for n, (state, head, _) in experts.items():
+    out, how = {}, (kind, code, b.print, study.max_tokens, study.data_seed, study.stat_examples,
+                *[study.heads] * (study.heads == 'shared'))
+    for n, (state, head, *_) in experts.items():
         path = study.cache/'statistics'/f'{digest(how, files[n].stem, b.prints[n])}.safetensors'
         if not path.exists():
             found = own(_measure(study, kind, n, state, head))
@@ -473,21 +539,22 @@ def record_path(study:Study, method:str, params:Mapping, seed:int, order:int)->P
 
 # %% ../nbs/14_study.ipynb #4b8ce99d
 def _maker(study, method, params, seed, experts, files)->Callable: # names → the backbone's parameters, norm of the task vector
-    b, m, at = bench(study), get_method(method), SimpleNamespace(fusion=None)
-    heads = {n: e[1] for n, e in experts.items()}
-    score = lambda tau: validation_accuracy(study, apply_tau(b.base, tau), at.names, heads)
+    m, at, (base, roles) = get_method(method), SimpleNamespace(fusion=None), start(study, seed)
+    params, norm = study_params(method, params)
+    heads = lambda: {n: e[1] for n, e in experts.items()} if study.heads == 'own' else {}
+    score = lambda tau: validation_accuracy(study, apply_tau(base, tau), at.names, heads())
     def make(names):
         f, at.names = at.fusion, names
         if f is None or f.names != names[:len(f)] or m.needs == 'merged_covariance': # these change with every expert
-            f = at.fusion = Fusion(b.base, method, b.roles, seed=seed, score=score, **params)
+            f = at.fusion = Fusion(base, method, roles, heads='fuse', seed=seed, score=score, **params)
         new = {n: experts[n] for n in names[len(f):]}
         stats = statistics(study, m.needs, new, files, f.params) if m.needs in MEASURED else {}
         for n in new: f.add(experts[n][0], n, stats=stats.get(n))
-        tau = f.merged_tau()
-        state = apply_tau(b.base, tau)
-        if len(names) == 1: # a method that leaves one expert as it is does not even round it
-            one, alone = experts[names[0]][0], task_vector(b.base, experts[names[0]][0])
-            if all(torch.equal(tau[k], alone[k]) for k in tau): state |= {k: one[k] for k in tau}
+        tau, alone = f.merged_tau(), task_vector(base, (one := experts[names[0]][0]))
+        if len(names) == 1 and norm in (None, 1) and all(torch.equal(tau[k], alone[k]) for k in tau):
+            return dict(one), tau.norm() # a method that leaves one expert as it is does not even round it
+        if norm is not None: tau = tau * (norm * float(np.mean(f.norms)) / (tau.norm() or 1.))
+        state = apply_tau(base, tau)
         return state, tau.norm()
     return make
 
@@ -502,10 +569,11 @@ def folding(
 )->Callable[[Sequence[str]], SimpleNamespace]: # names of tasks → print, norm, seconds, and state, a function
     "Fused models of growing lists of tasks, made only when asked for."
     b, m, make = bench(study), get_method(method), _maker(study, method, params, seed, experts, files)
-    full = check_params(m, params, method)
+    full, wanted = study_params(method, params)
     def fused(names):
         names = [n for n in study.tasks if n in names] if m.order_free else list(names)
         more = [[b.prints[n] for n in names], study.max_tokens, study.stat_examples, study.data_seed] if m.needs else []
+        more = [*more, *[wanted] * (wanted is not None), *[study.heads] * (study.heads == 'shared')]
         made_of = [files[n].stem for n in names], method, full, seed if m.random else 0, more
         key = digest('fused', code_print(method), b.print, made_of)
         path, made = study.cache/'fused'/f'{key}.json', None
@@ -530,61 +598,165 @@ def validation_accuracy(
     found = answers(study, make, print_ or fingerprint(state), heads, names, 'validation')
     return float(np.mean([METRICS['accuracy'](labels(study, n, 'validation'), p) for n, p in found.items()]))
 
-def _chained(files:Sequence[Path], base:Mapping)->Callable: # as `folding`, for models that were trained in sequence
-    def fused(seen):
-        state = load_expert(files[len(seen) - 1])[0]
-        return SimpleNamespace(print=fingerprint(state), norm=task_vector(base, state).norm(), seconds=0., state=lambda: state)
-    return fused
+# %% ../nbs/14_study.ipynb #3665911c
+def gather(
+    study:Study,         # the study
+    method:str,          # key of `METHODS`
+    params:Mapping,      # its hyper-parameters
+    seed:int,            # of the experts
+    names:Sequence[str], # tasks in order
+    held:SimpleNamespace|None=None, # an earlier answer: its experts are taken where they depend on no method
+)->SimpleNamespace:      # files, experts (parameters that are fused, head), heads, fused (see `folding`), models made on the way
+    "The experts of a method, by the study's protocol."
+    loop, files, experts, models = study.protocol == 'fused' and get_method(method).kind != 'training', {}, {}, []
+    fused = folding(study, method, params, seed, experts, files)
+    if held and not loop: files |= held.files; experts |= held.experts
+    for i, n in enumerate(names):
+        if n not in experts:
+            past = tuple(names[:i]) if study.protocol == 'previous' else ()
+            files[n] = expert(study, n, seed, past, model=models[-1] if models else None)
+            state, head, _ = load_expert(files[n])
+            experts[n] = _whole(study, state, head), head
+        if loop: models.append(fused(names[:i + 1]))
+    heads = {n: e[1] for n, e in experts.items()} if study.heads == 'own' else {}
+    return SimpleNamespace(files=files, experts=experts, heads=heads, fused=fused, models=models)
 
-# %% ../nbs/14_study.ipynb #5780b282
+# %% ../nbs/14_study.ipynb #a5c8217f
+def _penalty(study:Study, names:Sequence[str], files:Sequence[Path], lam:float)->Callable|None: # of the tasks before
+    "EWC's pull towards the models after earlier tasks."
+    if not files: return None
+    A, Am = {}, {}
+    for n, f in zip(names, files):
+        state, heads = _step(study, f, n)
+        one = {n: (state, heads.get(n) or _apart(state)[1])}
+        F = statistics(study, 'information', one, {n: f}, {})[n]['information']
+        A = {k: A.get(k, 0) + v for k, v in F.items()}
+        Am = {k: Am.get(k, 0) + v * state[k] for k, v in F.items()}
+    m = {k: torch.where(A[k] > 0, Am[k] / A[k].clamp_min(1e-30), 0.) for k in A}
+    plain = lambda k: k.removeprefix('backbone.')
+    return lambda net: lam / 2 * sum((A[plain(k)].to(p.device) * (p - m[plain(k)].to(p.device)).square()).sum()
+                                     for k, p in net.named_parameters() if plain(k) in A)
+
+def _step(study:Study, file:Path, task:str)->tuple[dict, dict]: # parameters that count, task → head; of a baseline's file
+    state, found, _ = load_expert(file)
+    heads = {}
+    for k, v in found.items(): heads.setdefault(k.rpartition('.')[0] or task, {})[k.rpartition('.')[2]] = v
+    if study.heads == 'own': return state, heads
+    return _whole(study, state, next(iter(heads.values()))), {}
+
+# %% ../nbs/14_study.ipynb #9c949fe7
+def baseline(
+    study:Study,    # the study
+    method:str,     # 'sequential', 'joint', 'replay' or 'ewc'
+    params:Mapping, # its hyper-parameters
+    seed:int,       # of heads, order of examples and memory
+    order:int,      # which task order
+    tell:Callable[[float], None]=lambda share: None, # is told the share of the work done
+)->list[Path]:      # the model after each task
+    "Train what a method of kind `training` trains, or find it in the cache."
+    if method == 'sequential': return chain(study, seed, order, tell)
+    b, recipe, full = bench(study), recipe_of(study, seed), check_params(get_method(method), params, method)
+    names = list(study.tasks) if method == 'joint' else task_order(study, order)
+    rows = lambda ns: [dict(r, task=0 if study.heads == 'shared' else t) for t, n in enumerate(ns) for r in _kept(study, n)]
+    how = [study.data_seed, study.stat_examples] if method == 'ewc' else []
+    key = lambda ns: digest(method, TRAINING, b.print, [b.prints[n] for n in ns], recipe_key(recipe), full, study.heads, how)
+    path = lambda ns: study.cache/'experts'/f'{key(ns)}.safetensors'
+    place = lambda n: 'shared' if study.heads == 'shared' else n
+    fresh = lambda ns: {place(n): _fresh(study, n, seed) for n in ns}
+    go = lambda *a, **kw: train_together(b.backbone, *a, pad_id=b.pad, **kw)
+    if method == 'joint': return [go(rows(names), fresh(names), recipe, path(names), tell=tell)] * len(names)
+    files = []
+    for i, n in enumerate(names):
+        if not (p := path(names[:i + 1])).exists():
+            state, heads = _step(study, files[-1], n) if files else ({}, {})
+            init, shared = _apart(state)
+            given = fresh([n]) | ({'shared': shared} if shared else {})
+            told = lambda s: tell((i + s) / len(names))
+            if method == 'ewc':
+                go(rows([n]), given, recipe, p, init, penalty=_penalty(study, names, files, full['lam']), tell=told)
+            else:
+                mixed, r = _replay_rows(study, names[:i + 1], seed, full['share']), recipe
+                if i: r = replace(recipe, batch_size=2 * recipe.batch_size)
+                go(mixed, heads | given, r, p, init, tell=told)
+        files.append(p)
+    return files
+
+# %% ../nbs/14_study.ipynb #9c8ee99c
+def _kept(study:Study, task:str)->list[dict]: # rows of a training part, in memory
+    b = bench(study)
+    if ('rows', task) not in b.ready: b.ready['rows', task] = in_memory(b.tasks[task]['train'])
+    return b.ready['rows', task]
+
+def _replay_rows(study:Study, names:Sequence[str], seed:int, share:float)->list[dict]: # of the last task, and from memory
+    own = lambda t: dict(task=0 if study.heads == 'shared' else t)
+    memory = []
+    for t, n in enumerate(names[:-1]): # drawn once per task and seed: the memory does not change later
+        rows = _kept(study, n)
+        drawn = np.random.default_rng([seed, study.tasks.index(n)]).permutation(len(rows))[:max(1, round(share * len(rows)))]
+        memory.append([rows[i] | own(t) for i in drawn])
+    return replayed([r | own(len(names) - 1) for r in _kept(study, names[-1])], memory, seed)
+
+def _baseline_models(study:Study, method:str, params:Mapping, seed:int, order:int)->list[SimpleNamespace]:
+    "After each task: print, norm, seconds, state as in `folding`, and `heads` of all tasks."
+    names, files = task_order(study, order), baseline(study, method, params, seed, order)
+    base, found = start(study, seed)[0], [_step(study, f, n)[1] for f, n in zip(files, names)]
+    for i in range(1, len(found)): found[i] = found[i - 1] | found[i]             # a head stays until it is trained again
+    for i in reversed(range(len(found) - 1)): found[i] = found[i + 1] | found[i]  # and of a task to come, as it will be
+    def one(file, n, heads):
+        state = _step(study, file, n)[0]
+        norm = task_vector(base, state).norm()
+        return SimpleNamespace(print=fingerprint(state), norm=norm, seconds=0., state=lambda: state, heads=heads)
+    return [one(*x) for x in zip(files, names, found)]
+
+# %% ../nbs/14_study.ipynb #19a8cf71
 def run_method(
     study:Study,            # the study
     method:str,             # key of `METHODS`
-    params:Mapping|None=None,# its hyper-parameters; defaults for the rest
+    params:Mapping|None=None,# its hyper-parameters; defaults for the rest; `norm` as in `study_params`
     seed:int=0,             # of the experts
     order:int=0,            # which task order
     tell:Callable[[float], None]=lambda share: None, # is told the share of the work done
 )->Record:                  # what came out
     "Fold a method over the study's experts and evaluate after every step on every task seen."
     params, m, t0 = dict(params or {}), get_method(method), time.perf_counter()
-    full, names, b, T = check_params(m, params, method), task_order(study, order), bench(study), len(study.tasks)
-    files = {n: expert(study, n, seed) for n in names}
-    experts = {n: load_expert(f) for n, f in files.items()}
-    heads = {n: e[1] for n, e in experts.items()}
-    own = {n: answers(study, lambda: experts[n][0], fingerprint(experts[n][0]), heads, [n])[n] for n in names}
-    fused, R, R_macro, norms, fuse_s = folding(study, method, params, seed, experts, files), *np.full((2, T, T), np.nan), [], 0.
-    if m.kind == 'training':
-        steps = chain(study, seed, order)
-        heads, fused = {n: load_expert(f)[1] for n, f in zip(names, steps)}, _chained(steps, b.base)
+    study_params(method, params)
+    names, T = task_order(study, order), len(study.tasks)
+    found, R, R_macro, norms, fuse_s = gather(study, method, params, seed, names), *np.full((2, T, T), np.nan), [], 0.
+    models = _baseline_models(study, method, params, seed, order) if m.kind == 'training' else found.models
+    experts = found.experts
+    own = {n: answers(study, lambda: experts[n][0], fingerprint(experts[n][0]), found.heads, [n])[n] for n in names}
     truth, hits = {n: labels(study, n) for n in names}, [[None] * T for _ in names]
     for i in range(T):
-        model, on = fused(names[:i + 1]), names[:dict(seen=i + 1, next=i + 2, all=T)[study.evaluate]]
+        model = models[i] if models else found.fused(names[:i + 1])
+        on, heads = names[:dict(seen=i + 1, next=i + 2, all=T)[study.evaluate]], getattr(model, 'heads', found.heads)
         for j, p in enumerate(answers(study, model.state, model.print, heads, on).values()):
             R[i, j], R_macro[i, j] = (f(truth[names[j]], p) for f in METRICS.values())
             hits[i][j] = pack_bits(truth[names[j]] == p)
         norms.append(model.norm); fuse_s += model.seconds; tell((i + 1) * (i + 2) / (T * (T + 1)))
-    return _record(study, method, params, seed, order, R, R_macro, norms, hits, own, experts, files, truth, fuse_s, t0)
+    return _record(study, method, params, seed, order, R, R_macro, norms, hits, own, experts, found.files, truth, fuse_s, t0)
 
-# %% ../nbs/14_study.ipynb #3665911c
+# %% ../nbs/14_study.ipynb #965d6305
 def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, experts, files, truth, fuse_s, t0)->Record:
     b, m, names, label = bench(study), get_method(method), list(experts), method_label(method, params)
     probe = {n: probe_predictions(study, n) for n in names}
     level = lambda found: np.array([METRICS['accuracy'](truth[n], found[n]) for n in names])
     bits = lambda found: [pack_bits(truth[n] == found[n]) for n in names]
-    taus = [task_vector(b.base, e[0], n) for n, e in experts.items()]
+    full, norm = study_params(method, params)
+    full |= {} if norm is None else dict(norm=norm)
+    taus = [task_vector(start(study, seed)[0], e[0], n) for n, e in experts.items()]
     inputs = dict(base=b.print, tasks={n: b.prints[n] for n in names}, experts={n: f.stem for n, f in files.items()},
                   recipe=asdict(recipe_of(study, seed)))
     if m.needs in MEASURED:
         inputs['statistics'] = dict(kind=m.needs, part='train', labels=False,
                                     examples={n: sum(len(x['index']) for x in stat_inputs(study, n)) for n in names})
     return Record(
-        study.name, label, f"{m.title} {method_label('', params)}".strip(), check_params(m, params, method), seed, order, names,
+        study.name, label, f"{m.title} {method_label('', params)}".strip(), full, seed, order, names,
         R, R_macro, level(own), level(probe), cosines(taus).numpy(), np.array([t.norm() for t in taus]), np.array(norms),
         metrics(R, level(own), level(probe)), run_key(study, method, params, seed, order), inputs, versions(), commit(),
         dict(fuse=fuse_s, total=time.perf_counter() - t0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         dict(n=[len(truth[n]) for n in names], R=hits, experts=bits(own), probe=bits(probe)), FORMAT)
 
-# %% ../nbs/14_study.ipynb #0288608b
+# %% ../nbs/14_study.ipynb #8b320e99
 def probe_predictions(study:Study, task:str)->np.ndarray: # (n,) predicted classes
     "What a linear probe on the base answers on the test split, from the cache if it is there."
     b = bench(study)
@@ -598,9 +770,10 @@ def probe_predictions(study:Study, task:str)->np.ndarray: # (n,) predicted class
 def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: # 16 hexadecimal digits
     "Hash of all that decides a record."
     b, names, m = bench(study), task_order(study, order), get_method(method)
-    return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], asdict(recipe_of(study, seed)),
+    return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], recipe_key(recipe_of(study, seed)),
                   method_label(method, params), seed, code_print(method), study.evaluate,
-                  [study.stat_examples, study.data_seed] if m.needs in MEASURED else [])
+                  *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')),
+                  [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else [])
 
 # %% ../nbs/14_study.ipynb #7c6bf22a
 def settings(
@@ -618,12 +791,14 @@ def choose(
     tell:Callable[[float], None]=lambda share: None, # is told the share of the work done
 )->list[dict]:     # params and validation accuracy of each setting, best first
     "Judge every setting of a method's grid on validation data."
-    names, tried = task_order(study, order), []
-    files = {n: expert(study, n, seed) for n in names}
-    experts = {n: load_expert(f) for n, f in files.items()}
+    names, tried, found = task_order(study, order), [], None
     for i, params in enumerate(settings(method)):
-        model = folding(study, method, params, seed, experts, files)(names)
-        accuracy = validation_accuracy(study, model.state, names, {n: e[1] for n, e in experts.items()}, model.print)
+        if get_method(method).kind == 'training': model = _baseline_models(study, method, params, seed, order)[-1]
+        else:
+            found = gather(study, method, params, seed, names, found)
+            model = found.models[-1] if found.models else found.fused(names)
+        heads = getattr(model, 'heads', found.heads if found else {})
+        accuracy = validation_accuracy(study, model.state, names, heads, model.print)
         tried.append(dict(params=params, accuracy=accuracy))
         tell((i + 1) / len(settings(method)))
     return sorted(tried, key=lambda t: -t['accuracy'])
