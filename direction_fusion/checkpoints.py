@@ -7,6 +7,7 @@ __all__ = ['Meta', 'raw', 'hasher', 'tensor_digest', 'Checkpoint', 'read_json', 
            'match_names', 'Match', 'check_checkpoints']
 
 # %% ../nbs/20_checkpoints.ipynb #92e708ff
+import functools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from .core import _some
+from .core import _some, named_roles
 
 # %% ../nbs/20_checkpoints.ipynb #ebcb9c8e
 class Meta(NamedTuple):
@@ -86,6 +87,8 @@ class Checkpoint(Mapping):
         return tensor_digest(self[k])
     @property
     def nbytes(self)->int: return sum(m.nbytes for m in self.meta.values())
+    @functools.cached_property
+    def roles(self)->dict[str, str]: return named_roles(self.meta) # parameter → role, from names and shapes
     @property
     def files(self)->list[Path]: # that this checkpoint is read from
         return list(dict.fromkeys(m.file for m in self.meta.values()))

@@ -28,8 +28,8 @@ from .core import _some, atomic_path, tied_names
 from .fusion import merge_deltas, resolve_method, roles_of, takes_rule
 from .geometry import _sti, thin_svd
 from .methods import Method
-from .streaming import (CHUNK, Request, chunked, make_request, n_cores, one_thread, read_deltas, row_ranges,
-                                        run_all)
+from .request import CHUNK, Request, make_request, n_cores, one_thread, read_deltas, row_ranges, run_all
+from .streaming import chunked
 
 # %% ../nbs/27_inspect.ipynb #e6c702cb
 def group_of(k:str)->str: # the name without its numbers
@@ -289,8 +289,9 @@ class Inspection:
 
     def summary(self)->str: # a few lines
         "The inspection in words."
-        f, e = self.facts, self.estimate
-        out = [f"base {self.base}, {len(self.experts)} experts: {f['numbers']:,} numbers in {f['parameters']} parameters "
+        f, e, n = self.facts, self.estimate, len(self.experts)
+        base = self.base if 'base' in self.base.lower() else f'base {self.base}'
+        out = [f"{base}, {n} expert{'s' * (n != 1)}: {f['numbers']:,} numbers in {f['parameters']} parameters "
                f"can be fused, {f['left']} parameters stay apart",
                f"interference was looked at in {f['looked']} of {f['maps']} linear maps"]
         if e: out += [f"{self.method} takes about {_time(e['total'])} (reading {_time(e['reading'])}, computing "

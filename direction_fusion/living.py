@@ -24,7 +24,8 @@ from .checkpoints import Checkpoint, View, check_checkpoints, match_names, open_
 from .core import _some, atomic_path, compute_dtype, fingerprint
 from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, step_state, unpack_state
 from .methods import METHODS, accepted
-from .streaming import DTYPES, fitted, n_cores, one_thread, read_deltas, run_all, shared_names, tally
+from .request import DTYPES, n_cores, one_thread, read_deltas, run_all, shared_names, tally
+from .streaming import fitted
 from .vocabulary import split_heads, without_heads
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 

@@ -25,8 +25,9 @@ from pathlib import Path
 import yaml
 from .core import atomic_path
 from .oracle import TESTED, count_wrong, llama_config, make_models, merge_recipe, sized_config, stored_bits
+from .request import n_cores
 from .site import project_root
-from .streaming import fuse_recipe, n_cores
+from .streaming import fuse_recipe
 
 # %% ../nbs/31_measure.ipynb #60ec1847
 def _tree(pid:int)->Iterator[int]: # a process and what it started, as long as they live
@@ -112,11 +113,11 @@ def programs(
 def time_fusion(
     recipe:str|os.PathLike, # file of `merge_recipe`
     out:str|os.PathLike     # folder that shall appear
-)->float:                   # seconds
+)->tuple[float, float]:     # seconds, and those of all processor cores together
     "How long a fusion takes in a process that has imported all it needs."
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     fuse_recipe(recipe, out)
-    return time.perf_counter() - began
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 # %% ../nbs/31_measure.ipynb #20194fde
 def describe_machine(
@@ -131,7 +132,7 @@ def describe_machine(
         there = run_once([Path(mergekit).expanduser().absolute().with_name('python'), '-c', said])['said'].split()
         versions |= {'mergekit': there[0], "mergekit's torch": there[1]}
     return dict(cores=n_cores(), processor=model, memory=os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
-                system=platform.system(), python=platform.python_version(), versions=versions)
+                system=platform.system(), python=platform.python_version(), versions=versions, load=os.getloadavg()[1])
 
 # %% ../nbs/31_measure.ipynb #8aa88185
 def measure_method(
@@ -158,7 +159,9 @@ def measure_method(
         before()
     done = measure(commands, repeats, keep)
     keep()
-    if 'itself' in done: done['itself']['turns'] = [float(s) for s in done['itself'].pop('said')]
+    if 'itself' in done:
+        own = [[float(x) for x in s.split()] for s in done['itself'].pop('said')]
+        done['itself'] |= dict(turns=[s for s, _ in own], cpu=min(c for _, c in own))
     for r in done.values(): r.pop('said', None); r['seconds'] = min(r['turns'])
     sizes = [b.size for b in stored_bits(models[0]).values()]
     wrong = count_wrong(method, models, kept) if judge else {}
@@ -214,14 +217,15 @@ def bars(
 )->list[dict]:     # what, value, bar, holds; in the order of the record
     "Every bar with what was measured."
     out = []
-    def bar(what, value, most): out.append(dict(what=what, value=value, bar=most, holds=bool(value <= most)))
+    def bar(what, value, most, **more): out.append(dict(what=what, value=value, bar=most, holds=bool(value <= most)) | more)
+    share = lambda p, a, b, of='seconds': p[a][of] / max(p[b][of], 1e-9)
     for r in record['rows']:
         p, name, small = r['programs'], row_name(r), r.get('small')
         if 'mergekit' in p:
-            share = p['ours']['seconds'] / p['mergekit']['seconds']
-            bar(f'{name}: whole command / mergekit', share, SMALL if small else BARS[r['method']])
+            bar(f'{name}: whole command / mergekit', share(p, 'ours', 'mergekit'), SMALL if small else BARS[r['method']],
+                cpu=share(p, 'ours', 'mergekit', 'cpu'))
         if not small and r['method'] != 'ties':
-            bar(f'{name}: fusion itself / cp', p['itself']['seconds'] / p['cp']['seconds'], READ)
+            bar(f'{name}: fusion itself / cp', share(p, 'itself', 'cp'), READ, cpu=share(p, 'itself', 'cp', 'cpu'))
         bar(f'{name}: GB beyond largest × (T + 2)', (p['ours']['memory'] - r['largest'] * (r['T'] + 2)) / 1e9, BEYOND / 1e9)
         bar(f'{name}: wrong entries', r['wrong']['ours'], 0)
     for r in record['memory']:
@@ -235,7 +239,8 @@ def bars_table(
     "Every bar: measured, allowed, and whether it holds."
     import pandas as pd
     rows = [dict(zip(('', 'what'), b['what'].split(': '))) | {'measured': f"{b['value']:,.3g}", 'at most': f"{b['bar']:g}",
-            'holds': 'yes' if b['holds'] else 'no'} for b in bars(record)]
+            'holds': 'yes' if b['holds'] else 'no', 'in processor time': f"{b['cpu']:,.3g}" if 'cpu' in b else ''}
+            for b in bars(record)]
     return pd.DataFrame(rows).set_index('')
 
 def seconds_table(
@@ -259,7 +264,7 @@ def machine_table(
     m, r = record['machine'], record['rows'][0]
     about = {'processor': m['processor'], 'cores': m['cores'], 'memory': f"{m['memory'] / 2**30:.0f} GiB", 'system': m['system'],
              'Python': m['python'], **m['versions'], 'parameters of a model': f"{r['size'] / 1e6:,.0f} M",
-             'turns, at most': record['repeats']}
+             'turns, at most': record['repeats'], 'busy processes before (5 min)': f"{m.get('load', 0):.1f}"}
     return pd.DataFrame({'': {k: str(v) for k, v in about.items()}})
 
 # %% ../nbs/31_measure.ipynb #2a0972f5
@@ -352,7 +357,7 @@ def main(
     add('--small', type=int, default=555, help='layers of the model of many small parameters')
     add('--large', type=float, default=0., help='parameters of one large model, such as 7e9; it needs room for one output')
     given = vars(p.parse_args(args))
-    if given.pop('what') == 'fusion': print(time_fusion(given['recipe'], given['out']))
+    if given.pop('what') == 'fusion': print(*time_fusion(given['recipe'], given['out']))
     else: run_benchmark('checkpoints', **given)
 
 if __name__ == '__main__' and 'get_ipython' not in globals(): main() # a notebook is `__main__` too

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .checkpoints import raw
-from .streaming import n_cores, row_ranges
+from .request import n_cores, row_ranges
 from .writing import file_layout, shard_plans
 
 # %% ../nbs/29_oracle.ipynb #37c42622

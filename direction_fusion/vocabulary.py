@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from .checkpoints import Checkpoint, View, open_checkpoint, read_json, tensor_digest
-from .core import _some, atomic_path, named_roles
+from .core import _some, atomic_path
 
 # %% ../nbs/24_vocabulary.ipynb #aa9bfc32
 MODES = 'agree', 'base', 'union', 'intersection'
@@ -163,7 +163,7 @@ def vocabulary(
 
 # %% ../nbs/24_vocabulary.ipynb #c74a9fe9
 def _tables(checkpoint:Checkpoint)->dict[str, int]: # tables with a row per token: name → rows
-    return {k: checkpoint.meta[k].shape[0] for k, r in named_roles(checkpoint.meta).items()
+    return {k: checkpoint.meta[k].shape[0] for k, r in checkpoint.roles.items()
             if r == 'embedding' and len(checkpoint.meta[k].shape) == 2}
 
 def _vocab_sizes(config)->set[int]: # every `vocab_size` in a config, those of parts (text_config, …) among them
@@ -462,7 +462,7 @@ def head_parameters(
     checkpoint:Checkpoint, # a model
 )->list[str]:              # parameters of its task head, sorted; empty if there is none
     "The parameters with role `head`."
-    return sorted(k for k, r in named_roles(checkpoint.meta).items() if r == 'head')
+    return sorted(k for k, r in checkpoint.roles.items() if r == 'head')
 
 def without_heads(
     checkpoint:Checkpoint, # a model

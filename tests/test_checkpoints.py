@@ -27,7 +27,8 @@ from direction_fusion.adapters import open_expert
 from direction_fusion.checkpoints import open_checkpoint
 from direction_fusion.fusion import fuse
 from direction_fusion.methods import METHODS
-from direction_fusion.streaming import collect, fuse_checkpoints, make_request
+from direction_fusion.request import make_request
+from direction_fusion.streaming import collect, fuse_checkpoints
 from direction_fusion.vocabulary import attach_head
 from direction_fusion.writing import verify
 
