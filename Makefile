@@ -50,7 +50,7 @@ export: $(READY)
 
 docs: $(READY)
 	@OMP_NUM_THREADS=1 .venv/bin/python -m direction_fusion.site readme
-	@OMP_NUM_THREADS=1 .venv/bin/python -m direction_fusion.site site
+	@OMP_NUM_THREADS=1 .venv/bin/python -m direction_fusion.website
 
 publish: $(READY)
 	@.venv/bin/direction-fusion publish '$(STUDY)' $(ARGS)

@@ -258,7 +258,7 @@ def layer_table(
     taus:Sequence[Mapping[str, Tensor]],   # T task vectors
     roles:Mapping[str, str]|None=None,     # parameter → role; by names and shapes if not given
     k:int|None=None,                       # triplets per expert in STI, see `sti`
-)->'DataFrame':                            # a row a parameter; pairwise columns NaN for one expert, spectral ones if not linear
+): # pd.DataFrame: a row a parameter; pairwise columns NaN for one expert, spectral ones if not linear
     "Role, shape, mean norm, mean pairwise cosine and sign conflict, mean effective rank, STI/Σσ of each parameter."
     import pandas as pd # here, because it takes a second to import
     taus = _check(taus)
