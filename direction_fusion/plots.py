@@ -35,7 +35,7 @@ FAMILIES = { # hue, and the methods in the order in which they take its shades
     'sparse': ('#CC79A7', 'ties dare della breadcrumbs magmax sce'),
     'spectral': ('#E69F00', 'tsv_m iso_c iso_cts knots wudi orthomerge dop nufilt tsv_m_svc task_arithmetic_svc'),
     'calibrated': ('#56B4E9', 'regmean fisher do_merging widen regmean_pp'),
-    'baseline': ('#555555', 'sequential task_arithmetic joint'),
+    'baseline': ('#555555', 'sequential task_arithmetic joint replay ewc'),
 }
 _OWN = '#882255', '#999933', '#332288', '#7F4F24' # hues for methods from outside
 _SHADES = 0, -.4, .3, -.2, -.6, .15, -.5, .4, -.3, .5 # towards black (−) or white (+), by place in the family
