@@ -249,8 +249,9 @@ def _measured(name, size, pythons, about, show): # rows of one case, its parties
                               call=case['ours' if party == 'direction_fusion' else party], **kw)
             about['versions'] |= got.pop('versions', {})
             row = rows.setdefault(party, dict(case=name, method=case.get('method', name), size=list(size), party=party))
-            best = min([*row.get('seconds', ()), *got.get('seconds', ())], default=None)
-            row |= got | ({} if best is None else dict(seconds=[*row.get('seconds', ()), *got.get('seconds', ())], best=best))
+            times = {s: [*row.get(s, ()), *got.get(s, ())] for s in ('seconds', 'cpu')}
+            row |= got | ({s: x for s, x in times.items() if x})
+            if times['cpu']: row['best'] = min(times['cpu' if about['threads'] == 1 else 'seconds'])
     for row in rows.values():
         if show: print(f"{name:20} {size[0]}×{size[1]:<6} {row['party']:17}", row.get('best') or row, flush=True)
     return list(rows.values())
