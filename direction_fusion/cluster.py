@@ -102,7 +102,8 @@ class Cluster:
 
     def cancel(self)->int: # number of arrays that were cancelled
         "Take back everything that was sent and is not done."
-        ids = sorted({t.partition('_')[0] for t in self.tasks})
+        sent = [p.name.partition('_')[0] for p in self.folder.glob('*_submission.sh')] # also what was being sent just now
+        ids = sorted({n for n in sent if n.isdigit()})
         if ids: subprocess.run(['scancel', *ids], capture_output=True, timeout=60)
         return len(ids)
 

@@ -195,6 +195,7 @@ def _papermill(): # the module, with our engine; imported by the process that ex
     from execnb.shell import CaptureShell
     from nbformat import from_dict
     from papermill.engines import Engine, papermill_engines
+    from papermill.iorw import write_ipynb
     class InProcess(Engine):
         "A papermill engine that runs the cells in this process."
         @classmethod
@@ -205,7 +206,10 @@ def _papermill(): # the module, with our engine; imported by the process that ex
                 if cell.cell_type == 'code':
                     cell.outputs = [from_dict(_output(o)) for o in shell.run(cell.source)]
                     cell.execution_count = i + 1
-                    if shell.exc: nb_man.cell_exception(cell, i); raise shell.exc
+                    if shell.exc:
+                        nb_man.cell_exception(cell, i)
+                        write_ipynb(nb_man.nb, kw['failed']) # papermill itself keeps it only where the error comes from a kernel
+                        raise shell.exc
                 nb_man.cell_complete(cell, i)
     papermill_engines.register('in-process', InProcess)
     return papermill
@@ -249,7 +253,8 @@ def run_notebook(
     try:
         with contextlib.chdir(root): # a notebook finds its study from where it runs
             _papermill().execute_notebook(str(source), str(out), dict(params), engine_name='in-process', kernel_name='python3',
-                                          progress_bar=False, request_save_on_cell_execute=False, autosave_cell_every=0)
+                                          progress_bar=False, request_save_on_cell_execute=False, autosave_cell_every=0,
+                                          failed=str(out))
     finally: _TELL.pop()
 
 # %% ../nbs/15_runner.ipynb #6d70bd31

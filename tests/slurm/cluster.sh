@@ -9,6 +9,11 @@ what=${1:?start or stop} dir=$(realpath -m -- "${2:?a folder}")
 
 stop() {
   local f pid
+  export SLURM_CONF=$dir/slurm.conf
+  if [ -s "$dir/slurmctld.pid" ]; then          # no job outlives its cluster
+    timeout 5 squeue --noheader --format=%A 2>/dev/null | sort -u | xargs -r timeout 5 scancel 2>/dev/null || true
+    for _ in $(seq 50); do [ -z "$(timeout 5 squeue --noheader 2>/dev/null)" ] && break; sleep .1; done
+  fi
   for f in slurmd.pid slurmctld.pid munged.pid; do
     pid=$(cat "$dir/$f" 2>/dev/null) || continue
     kill "$pid" 2>/dev/null || true
