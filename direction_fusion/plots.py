@@ -283,13 +283,13 @@ def common_runs(
     return [r for r in records if (r.seed, r.order) in keep]
 
 def _ends(groups:Sequence, key:str)->np.ndarray: # (M, 2) ends of the 95 % interval of each method's own mean, in percent, or NaN
-    runs = [{(r.seed, r.order) for r in g} for g in groups]
-    grid = len({s for s, _ in runs[0]}) * len({o for _, o in runs[0]}) == len(runs[0]) and all(x == runs[0] for x in runs)
-    records = [r for g in groups for r in g]
-    if grid and key in LINEAR and all(getattr(r, 'correct', None) and (len(r.R) > 1 or key != 'BWT') for r in records):
-        return 100 * np.array(crossed_intervals(*paired_values(records, key)[1:])[1:]).T
-    values = [[r.metrics.get(key, np.nan) for r in g] for g in groups]
-    return 100 * np.array([student_interval(x) if np.isfinite(x).all() else (np.nan, np.nan) for x in values])
+    def ends(g): # over seeds, orders and examples where all seeds meet all orders; over runs elsewhere
+        grid = len({r.seed for r in g}) * len({r.order for r in g}) == len(g)
+        if grid and key in LINEAR and all(getattr(r, 'correct', None) and (len(r.R) > 1 or key != 'BWT') for r in g):
+            return [x[0] for x in crossed_intervals(*paired_values(g, key)[1:])[1:]]
+        values = [r.metrics.get(key, np.nan) for r in g]
+        return student_interval(values) if np.isfinite(values).all() else (np.nan, np.nan)
+    return 100 * np.array([ends(g) for g in groups])
 
 # %% ../nbs/13_plots.ipynb #92e47c41
 METRICS = { # key of a record's metrics → name, unit, the better direction
