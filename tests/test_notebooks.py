@@ -14,9 +14,12 @@ NOTEBOOKS = sorted([*NBS.glob('[0-9]*.ipynb'), *NBS.glob('index.ipynb'), *NBS.gl
 
 @pytest.fixture
 def as_before():
-    "nbdev takes over Ctrl-C, a notebook may leave figures open and variables set: undo it."
-    handler, here, env = signal.getsignal(signal.SIGINT), os.getcwd(), dict(os.environ)
+    "nbdev takes over Ctrl-C; a notebook may leave figures open, variables set and methods registered: undo it."
+    from direction_fusion.methods import METHODS
+    handler, here, env, methods = signal.getsignal(signal.SIGINT), os.getcwd(), dict(os.environ), dict(METHODS)
     yield
+    METHODS.clear()
+    METHODS.update(methods)
     signal.signal(signal.SIGINT, handler)
     os.chdir(here)
     os.environ.clear()
