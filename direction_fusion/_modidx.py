@@ -323,6 +323,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'direction_fusion.cli._report': ('cli.html#_report', 'direction_fusion/cli.py'),
                                       'direction_fusion.cli._show': ('cli.html#_show', 'direction_fusion/cli.py'),
                                       'direction_fusion.cli._split': ('cli.html#_split', 'direction_fusion/cli.py'),
+                                      'direction_fusion.cli._study': ('cli.html#_study', 'direction_fusion/cli.py'),
                                       'direction_fusion.cli.add': ('cli.html#add', 'direction_fusion/cli.py'),
                                       'direction_fusion.cli.export': ('cli.html#export', 'direction_fusion/cli.py'),
                                       'direction_fusion.cli.fuse': ('cli.html#fuse', 'direction_fusion/cli.py'),

@@ -31,6 +31,10 @@ def _show(df, title:str)->None: # a data frame as a table on the terminal
     for i, row in zip(df.index, df.values): t.add_row(str(i), *[f'{x:.1f}' if isinstance(x, float) else str(x) for x in row])
     wide.print(t)
 
+def _numbers(what:str, text:str|None)->tuple[int, ...]|None: # '0,1' → (0, 1)
+    try: return tuple(int(x) for x in _split(text)) if text is not None else None
+    except ValueError: raise ValueError(f"`--{what}` must be integers such as 0,1,2, got {text!r}") from None
+
 # %% ../nbs/30_cli.ipynb #7ca0e456
 @app.command()
 def study(
@@ -46,14 +50,8 @@ def study(
     matched:Annotated[bool, typer.Option(help='also at the same norm of the fused task vector')]=False,
 ):
     "Train the experts of a study, fold every method, draw the figures. What is there already is not done again."
-    from direction_fusion.study import load_study
-    given = dict(methods=_split(methods) or None, seeds=_numbers('seeds', seeds), orders=_numbers('orders', orders),
-                 workers=workers, executor=executor, slurm=slurm, tracking=tracking)
-    given = {k: v for k, v in given.items() if v is not None}
-    s = load_study(name, **given)
-    if tuned or matched:
-        from direction_fusion.runner import compared_methods
-        s = load_study(name, **given | dict(methods=compared_methods(s, tuned, matched)))
+    s = _study(name, tuned, matched, methods=_split(methods) or None, seeds=_numbers('seeds', seeds),
+               orders=_numbers('orders', orders), workers=workers, executor=executor, slurm=slurm, tracking=tracking)
     from direction_fusion.plots import summary_table
     from direction_fusion.runner import records, run_study
     failed = {n: e for n, e in run_study(s).items() if e is not None}
@@ -62,16 +60,20 @@ def study(
     print(f'figures and table: {rel}/figures; one folder per method: {rel}')
     _report(failed, s.runs)
 
+def _study(name:str, tuned:bool, matched:bool, **given): # the section with what the command line says instead
+    from direction_fusion.study import load_study
+    given = {k: v for k, v in given.items() if v is not None}
+    s = load_study(name, **given)
+    if not (tuned or matched): return s
+    from direction_fusion.runner import compared_methods
+    return load_study(name, **given | dict(methods=compared_methods(s, tuned, matched)))
+
 def _report(failed:dict, folder:Path)->None: # names what failed, and ends with exit code 1
     if not failed: return
     why = lambda e: str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
     print(f'{len(failed)} jobs failed (logs in {os.path.relpath(folder)}/logs):',
           *[f'  {n}: {why(e)}' for n, e in failed.items()], sep='\n')
     raise typer.Exit(1)
-
-def _numbers(what:str, text:str|None)->tuple[int, ...]|None: # '0,1' → (0, 1)
-    try: return tuple(int(x) for x in _split(text)) if text is not None else None
-    except ValueError: raise ValueError(f"`--{what}` must be integers such as 0,1,2, got {text!r}") from None
 
 # %% ../nbs/30_cli.ipynb #f280ffdd
 @app.command()
@@ -111,11 +113,18 @@ def studies():
         print(f"{n}: {len(s.tasks)} tasks ({', '.join(s.tasks)}), model {s.model}")
 
 @app.command()
-def publish(name:Annotated[str, typer.Argument(help='section of settings.ini')]):
+def publish(
+    name:Annotated[str, typer.Argument(help='section of settings.ini')],
+    methods:Annotated[str|None, typer.Option(help='these instead of those of the section')]=None,
+    seeds:Annotated[str|None, typer.Option(help="seeds of the experts, e.g. '0,1,2'")]=None,
+    orders:Annotated[str|None, typer.Option(help="task orders, e.g. '0,1'")]=None,
+    tuned:Annotated[bool, typer.Option(help='as for `study`')]=False,
+    matched:Annotated[bool, typer.Option(help='as for `study`')]=False,
+):
     "Copy the records, figures and tables of a finished study to assets/NAME."
     from direction_fusion.runner import publish
-    from direction_fusion.study import load_study
-    print(os.path.relpath(publish(load_study(name))))
+    print(os.path.relpath(publish(_study(name, tuned, matched, methods=_split(methods) or None, seeds=_numbers('seeds', seeds),
+                                         orders=_numbers('orders', orders)))))
 
 # %% ../nbs/30_cli.ipynb #aa1d1d05
 def _params(given:list[str]|None)->dict: # ['lam=0.3', 'grain=row'] → {'lam': 0.3, 'grain': 'row'}

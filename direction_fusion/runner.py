@@ -487,16 +487,14 @@ def _tried(study:Study)->dict[str, list[dict]]: # method → what was tried, one
     return {m: found[m] for m in METHODS if m in found}
 
 def _shared(study:Study, method:str, found:Sequence[dict])->list[dict]: # as `choose`, means over the study's seeds and orders
-    mine = {(s, o) for s in study.seeds for o in orders_of(study, method)}
-    found = [c for c in found if (c['seed'], c['order']) in mine]
-    if missing := sorted(mine - {(c['seed'], c['order']) for c in found}):
-        raise ValueError("no settings of {} were tried with seed {}, order {}; run: direction-fusion tune {}".format(
-            method, *missing[0], study.name))
+    found = [c for c in found if c['seed'] in study.seeds and c['order'] in orders_of(study, method)]
+    if not found: raise ValueError(f"no settings of {method} were tried with seeds {study.seeds} and orders {study.orders}; "
+                                   f"run: direction-fusion tune {study.name}")
     at = lambda c, p: next((t['accuracy'] for t in c['tried'] if t['params'] == p), None)
     tried = [dict(params=p, accuracy=[at(c, p) for c in found]) for p in settings(method)]
     tried = [t | dict(accuracy=float(np.mean(t['accuracy']))) for t in tried if None not in t['accuracy']]
     if not tried: raise ValueError(f"the grid of {method} has changed; run: direction-fusion tune {study.name}")
-    return sorted(tried, key=lambda t: -t['accuracy'])
+    return sorted([t | dict(runs=len(found)) for t in tried], key=lambda t: -t['accuracy'])
 
 # %% ../nbs/15_runner.ipynb #cc504b3e
 def choices(
@@ -508,8 +506,7 @@ def choices(
         return which | dict(best=', '.join(f'{k}={v}' for k, v in tried[0]['params'].items()),
                             accuracy=100 * tried[0]['accuracy'], worst=100 * tried[-1]['accuracy'], tried=len(tried))
     found = _tried(study)
-    if shared: rows = [row(_shared(study, m, cs), method=m, runs=len(study.seeds) * len(orders_of(study, m)))
-                       for m, cs in found.items()]
+    if shared: rows = [row(t, method=m, runs=t[0]['runs']) for m, t in ((m, _shared(study, m, cs)) for m, cs in found.items())]
     else: rows = [row(c['tried'], method=m, seed=c['seed'], order=c['order']) for m, cs in found.items() for c in cs]
     which = ['runs'] if shared else ['seed', 'order']
     return pd.DataFrame(rows, columns=['method', *which, 'best', 'accuracy', 'worst', 'tried']).set_index('method')
@@ -584,8 +581,11 @@ def publish(
                          f"run: direction-fusion study {study.name}")
     fresh = to.with_name(f'.part-{to.name}')                  # the old ones go only when the new ones are whole
     shutil.rmtree(fresh, ignore_errors=True)
-    for f in [f for d in folders for f in (d/'record.json', *d.glob('*.svg'))]: _copy(f, fresh/f.relative_to(study.runs))
-    for f in study.runs.glob('figures/*.*'): _copy(f, fresh/f.name)
+    drawn = f'seed{study.seeds[0]}-order{study.orders[0]}' # of a method's many runs, one is kept with its figures
+    for d in folders:
+        for f in (d/'record.json', *(d.glob('*.svg') if d.name == drawn else ())): _copy(f, fresh/f.relative_to(study.runs))
+    for f in study.runs.glob('figures/*.*'):
+        if f.suffix != '.png': _copy(f, fresh/f.name)
     for f in study.runs.glob('choices/*.json'): _copy(f, fresh/'choices'/f.name)
     shutil.rmtree(to, ignore_errors=True)
     fresh.rename(to)
