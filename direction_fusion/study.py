@@ -79,7 +79,7 @@ class Study:
     evaluate:str       # 'seen': on the tasks merged so far; 'next': and on the one to come; 'all'
     stat_examples:int  # unlabelled training examples per task, for methods that measure statistics
     protocol:str='base'  # what an expert is fine-tuned from: 'base', 'previous' expert or 'fused' model so far
-    heads:str='own'      # 'own': one per task, never fused; 'shared': one for all tasks, fused with the rest
+    heads:str='own'      # 'own': one per task, never fused; 'joined': all of them answer at once; 'shared': one head, fused too
     lora_rank:int=0      # experts are LoRA adapters of that rank, merged into weights; 0: everything is trained
     executor:str='local' # 'local' processes or 'slurm'
     slurm:str=''         # for SLURM, e.g. 'partition=short, time=60, mem=8G, gpus=1, account=mine'
@@ -148,7 +148,7 @@ def load_study(
 # %% ../nbs/14_study.ipynb #650b52c2
 EVALUATE = 'seen', 'next', 'all'
 _CHOICES = dict(precision=('auto', 'float32', 'bfloat16'), evaluate=EVALUATE, tracking=('none', 'wandb', 'trackio'),
-                protocol=('base', 'previous', 'fused'), heads=('own', 'shared'), executor=('local', 'slurm'))
+                protocol=('base', 'previous', 'fused'), heads=('own', 'joined', 'shared'), executor=('local', 'slurm'))
 
 def _checked(study:Study)->Study: # raises before anything runs
     check_stream(list(study.tasks), task_specs(study))
@@ -163,7 +163,7 @@ def _checked(study:Study)->Study: # raises before anything runs
                          f"install it with pip install {study.tracking}")
     if not study.seeds or not study.orders:
         raise ValueError(f"study {study.name!r}: `seeds` and `orders` need at least one number each")
-    if study.protocol == 'fused' and study.heads == 'own' and study.evaluate != 'seen':
+    if study.protocol == 'fused' and study.heads != 'shared' and study.evaluate != 'seen':
         raise ValueError(f"study {study.name!r}: `protocol = fused` knows no head of a task to come; set `evaluate = seen`")
     recipe_of(study, study.seeds[0])
     method_specs(study)
@@ -295,7 +295,7 @@ def task_order(
 def start(study:Study, seed:int)->tuple[dict, dict]: # parameters that are fused, and their roles
     "Where task vectors begin: the base, and with it the fresh head if all tasks share one."
     b = bench(study)
-    if study.heads == 'own': return b.base, b.roles
+    if study.heads != 'shared': return b.base, b.roles
     head = {f'head.{k}': v for k, v in _fresh(study, study.tasks[0], seed).items()}
     return b.base | head, b.roles | {'head.weight': 'linear', 'head.bias': 'bias'}
 
@@ -304,7 +304,7 @@ def _fresh(study:Study, task:str, seed:int)->dict: # a head before training
     return {k: v.clone() for k, v in Classifier(b.backbone, b.classes[task], seed).head.state_dict().items()}
 
 def _whole(study:Study, state:Mapping, head:Mapping)->dict: # the parameters that are fused
-    return dict(state) if study.heads == 'own' else state | {f'head.{k}': v for k, v in head.items()}
+    return dict(state) if study.heads != 'shared' else state | {f'head.{k}': v for k, v in head.items()}
 
 def _apart(state:Mapping)->tuple[dict, dict]: # of the backbone, of the shared head
     head = {k: v for k, v in state.items() if k in ('head.weight', 'head.bias')}
@@ -353,21 +353,31 @@ def answers(
     heads:Mapping[str, Mapping], # task → head: `weight`, `bias`; empty where it is shared
     tasks:Sequence[str],   # names of the tasks
     split:str='test',      # or 'validation'
-)->dict[str, np.ndarray]:  # task → (n,) predicted classes
+    known:Sequence[str]=(),# tasks seen so far: with `joined` heads, an answer is one of all their classes
+)->dict[str, np.ndarray]:  # task → (n,) predicted classes, counted from the task's first; others are negative or too large
     "What a model answers, from the cache where it is there."
     b, loaded = bench(study), False
-    head = lambda n: fingerprint(heads[n]) if heads else 'shared'
-    key = lambda n: digest('predictions', b.print, print_, head(n), b.prints[n], study.max_tokens, split)
+    asked = {n: _head(study, heads, n, known) for n in tasks}
+    head = lambda n: fingerprint(asked[n][0]) if heads else 'shared'
+    key = lambda n: digest('predictions', b.print, print_, head(n), b.prints[n], study.max_tokens, split,
+                           *[asked[n][1]] * (asked[n][1] > 0))
     paths = {n: study.cache/'predictions'/f'{key(n)}.npy' for n in tasks}
     try:
         for n in (n for n, p in paths.items() if not p.exists()):
             if not loaded: own, shared = _apart(state()); b.backbone.load_state_dict(b.state | own); loaded = True
-            model = Classifier(b.backbone, b.classes[n]).eval()
-            model.head.load_state_dict(dict(heads[n]) if heads else shared)
-            with atomic_path(paths[n]) as p: np.save(p, predict(model, _batches(study, n, split)))
+            use, first = asked[n] if heads else (shared, 0)
+            model = Classifier(b.backbone, len(use['bias'])).eval()
+            model.head.load_state_dict(use)
+            with atomic_path(paths[n]) as p: np.save(p, predict(model, _batches(study, n, split)) - first)
     finally:
         if loaded: b.backbone.load_state_dict(b.state)
     return {n: np.load(p, allow_pickle=False) for n, p in paths.items()}
+
+def _head(study:Study, heads:Mapping, task:str, known:Sequence[str])->tuple[dict, int]: # a head, and where the task's classes begin
+    if study.heads != 'joined' or not heads: return dict(heads.get(task, {})), 0
+    names = [n for n in study.tasks if n in (*known, task)]
+    whole = {k: torch.cat([heads[n][k] for n in names]) for k in ('weight', 'bias')}
+    return whole, sum(len(heads[n]['bias']) for n in names[:names.index(task)])
 
 def labels(study:Study, task:str, split:str='test')->np.ndarray: # (n,) true classes
     "The true classes of a split."
@@ -388,7 +398,7 @@ def _measure(study:Study, kind:str, task:str, state:Mapping, head:Mapping)->dict
         b.backbone.load_state_dict(b.state | _apart(state)[0]); model.head.load_state_dict(dict(head))
         if kind == 'covariance': return _plain(covariances(model, stat_inputs(study, task)))
         for k, p in b.backbone.named_parameters(): p.requires_grad_(k in b.base)
-        return _plain(fishers(model, stat_inputs(study, task), part='backbone.' if study.heads == 'own' else '',
+        return _plain(fishers(model, stat_inputs(study, task), part='backbone.' if study.heads != 'shared' else '',
                               normalize=kind == 'fisher'))
     finally:
         for p in b.backbone.parameters(): p.requires_grad_(True)
@@ -541,7 +551,7 @@ def record_path(study:Study, method:str, params:Mapping, seed:int, order:int)->P
 def _maker(study, method, params, seed, experts, files)->Callable: # names → the backbone's parameters, norm of the task vector
     m, at, (base, roles) = get_method(method), SimpleNamespace(fusion=None), start(study, seed)
     params, norm = study_params(method, params)
-    heads = lambda: {n: e[1] for n, e in experts.items()} if study.heads == 'own' else {}
+    heads = lambda: {n: e[1] for n, e in experts.items()} if study.heads != 'shared' else {}
     score = lambda tau: validation_accuracy(study, apply_tau(base, tau), at.names, heads())
     def make(names):
         f, at.names = at.fusion, names
@@ -595,7 +605,7 @@ def validation_accuracy(
 )->float:                          # in [0, 1]
     "Mean accuracy on the validation parts of some tasks."
     make = state if callable(state) else lambda: state
-    found = answers(study, make, print_ or fingerprint(state), heads, names, 'validation')
+    found = answers(study, make, print_ or fingerprint(state), heads, names, 'validation', names)
     return float(np.mean([METRICS['accuracy'](labels(study, n, 'validation'), p) for n, p in found.items()]))
 
 # %% ../nbs/14_study.ipynb #3665911c
@@ -618,7 +628,7 @@ def gather(
             state, head, _ = load_expert(files[n])
             experts[n] = _whole(study, state, head), head
         if loop: models.append(fused(names[:i + 1]))
-    heads = {n: e[1] for n, e in experts.items()} if study.heads == 'own' else {}
+    heads = {n: e[1] for n, e in experts.items()} if study.heads != 'shared' else {}
     return SimpleNamespace(files=files, experts=experts, heads=heads, fused=fused, models=models)
 
 # %% ../nbs/14_study.ipynb #a5c8217f
@@ -641,7 +651,7 @@ def _step(study:Study, file:Path, task:str)->tuple[dict, dict]: # parameters tha
     state, found, _ = load_expert(file)
     heads = {}
     for k, v in found.items(): heads.setdefault(k.rpartition('.')[0] or task, {})[k.rpartition('.')[2]] = v
-    if study.heads == 'own': return state, heads
+    if study.heads != 'shared': return state, heads
     return _whole(study, state, next(iter(heads.values()))), {}
 
 # %% ../nbs/14_study.ipynb #9c949fe7
@@ -659,7 +669,8 @@ def baseline(
     names = list(study.tasks) if method == 'joint' else task_order(study, order)
     rows = lambda ns: [dict(r, task=0 if study.heads == 'shared' else t) for t, n in enumerate(ns) for r in _kept(study, n)]
     how = [study.data_seed, study.stat_examples] if method == 'ewc' else []
-    key = lambda ns: digest(method, TRAINING, b.print, [b.prints[n] for n in ns], recipe_key(recipe), full, study.heads, how)
+    kind = 'shared' if study.heads == 'shared' else 'own'
+    key = lambda ns: digest(method, TRAINING, b.print, [b.prints[n] for n in ns], recipe_key(recipe), full, kind, how)
     path = lambda ns: study.cache/'experts'/f'{key(ns)}.safetensors'
     place = lambda n: 'shared' if study.heads == 'shared' else n
     fresh = lambda ns: {place(n): _fresh(study, n, seed) for n in ns}
@@ -729,7 +740,7 @@ def run_method(
     for i in range(T):
         model = models[i] if models else found.fused(names[:i + 1])
         on, heads = names[:dict(seen=i + 1, next=i + 2, all=T)[study.evaluate]], getattr(model, 'heads', found.heads)
-        for j, p in enumerate(answers(study, model.state, model.print, heads, on).values()):
+        for j, p in enumerate(answers(study, model.state, model.print, heads, on, 'test', names[:i + 1]).values()):
             R[i, j], R_macro[i, j] = (f(truth[names[j]], p) for f in METRICS.values())
             hits[i][j] = pack_bits(truth[names[j]] == p)
         norms.append(model.norm); fuse_s += model.seconds; tell((i + 1) * (i + 2) / (T * (T + 1)))
