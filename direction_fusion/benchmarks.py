@@ -77,20 +77,19 @@ SETUPS = dict(direction_fusion='''
 from importlib.metadata import version
 from direction_fusion.fusion import merge_deltas, run_survey
 from direction_fusion.methods import METHODS, check_params
-versions = {'direction_fusion': version('direction_fusion')}
+versions, nothing = {'direction_fusion': version('direction_fusion')}, torch.zeros_like(base)
 def merge(name, n=None, given='weights', stats=(), **params):
     m = METHODS[name]
     p = check_params(m, params, name)
     free = given == 'weights' and m.base_free and m.base_free(p)
     xs = D[:n] if given == 'deltas' else W[:n]
     if given == 'deltas' or free: deltas = xs if m.kind == 'sequential' else torch.stack(xs)
-    elif m.kind == 'sequential': deltas = [w - base for w in xs]
     else:
         deltas = torch.empty(len(xs), *base.shape)
         for d, w in zip(deltas, xs): torch.sub(w, base, out=d)
-    zero = torch.zeros_like(base) if free else base
+    start = nothing if free else base
     survey = run_survey(m, p, lambda: [('w', deltas)])
-    out = merge_deltas(m, p, 'w', deltas, zero, survey=survey, stats=stats)
+    out = merge_deltas(m, p, 'w', deltas, start, survey=survey, stats=stats)
     return out if given == 'deltas' or free else base + out
 ''', plain='''
 def full_opcm(alpha=.5, diagonal=True): # arXiv:2501.09522 as it is written: orthogonal matrices in full
@@ -245,6 +244,7 @@ def _measured(name, size, pythons, about, show): # rows of one case, its parties
     kw = {k: about[k] for k in ('T', 'repeats', 'threads', 'seed')}
     for _ in range(about['rounds']):
         for party in (p for p in PARTIES if p in pythons and (p in case or p == 'direction_fusion')):
+            if rows.get(party, {}).keys() & {'over', 'error'}: continue # in an earlier round
             got = run_measure(pythons[party], about['limit'], setup=SETUPS[party] + stats, shape=size,
                               call=case['ours' if party == 'direction_fusion' else party], **kw)
             about['versions'] |= got.pop('versions', {})

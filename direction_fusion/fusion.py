@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from .core import TaskVector, apply_tau, atomic_path, check_expert, fingerprint, resolve_roles, task_vector
 from .methods import METHODS, Method, accepted, check_params, get_method
+from .soup import weighted_sum
 
 # %% ../nbs/09_fusion.ipynb #cc3414a8
 def takes_rule(
@@ -101,6 +102,8 @@ def merge_deltas(
         return _flip(_call(method.rule, deltas=_flip(deltas, role), weights=torch.tensor(weights, dtype=torch.float64),
                            survey=survey, scan=scan, **{f'{s}s': x for s, x in kinds.items()},
                            **_slots(params, k, base, role, seed, 0)), role)
+    if own and method.linear and not (form := method.linear(weights, None, params))[1]: # a fold that is a sum, in one go
+        return weighted_sum(deltas, form[0], *form[2:])
     state, shown = {}, {} if method.kind == 'joint' else dict(params)
     for t, (d, w) in enumerate(zip(deltas, weights)):
         state = step_state(method, shown, k, state, d, base, role, w, seed, t, stats[t] if stats else None)

@@ -214,7 +214,7 @@ METHODS |= dict(
     dora=Method(
         'DoRA', 'dora', 'this project; proxy: arXiv:2503.08099; closed form: RegMean, arXiv:2212.09849, eq. 2',
         add=align_add, merged=align_merged, remove=align_remove, linear_only=True, cost='T·(d_out·d_in·min + min³) + d_in³',
-        ranges=dict(p=(1e-3, 10), rho=_positive, lam=_any), grid=dict(p=[.5, .75, 1.], rho=[.03, .1, .3])))
+        ranges=dict(p=(1e-3, 10), rho=_positive, lam=_any), grid=dict(p=[.75, 1., 1.25], rho=[.005, .03, .1])))
 
 # %% ../nbs/08_methods.ipynb #8d8ca6a6
 METHODS |= dict(
@@ -245,7 +245,7 @@ METHODS |= dict(
     magmax=Method(
         'MagMax', 'sparse', 'Marczak et al. 2024, arXiv:2407.06322', add=magmax_add, merged=magmax_merged, chunk='entry',
         fallback=(magmax_add, magmax_merged, None), order_free=False, cost='T·d_out·d_in', ranges=dict(lam=_any),
-        grid=dict(lam=[.2, .3, .4, .5, .6, .7, .85, 1., 1.25]),
+        grid=dict(lam=[.3, .4, .5, .6, .7, .85, 1., 1.25, 1.5]),
         variant='experts from a common base; the order matters only where magnitudes are equal (the later wins)'),
     sce=Method(
         'SCE', 'sparse', 'Wan et al. 2024, arXiv:2408.07990', rule=sce, cost='T·d_out·d_in',
@@ -260,7 +260,7 @@ METHODS |= dict(
         variant='at least one direction per task; directions of singular value zero do not take part'),
     iso_c=Method(
         'Iso-C', 'spectral', 'Marczak et al. 2025, arXiv:2502.04959, algorithm 1', rule=iso_c, linear_only=True,
-        cost='T·d_out·d_in + d_out·d_in·min', ranges=dict(lam=_any), grid=_MEAN,
+        cost='T·d_out·d_in + d_out·d_in·min', ranges=dict(lam=_any), grid=dict(lam=[.75, 1., 1.25, 1.5, 2., 2.5, 3., 4., 5.]),
         variant='spectrum of the sum, mean over min(d_out, d_in)'),
     iso_cts=Method(
         'Iso-CTS', 'spectral', 'Marczak et al. 2025, arXiv:2502.04959, algorithm 2', rule=iso_cts, linear_only=True,

@@ -10,8 +10,6 @@ __all__ = ['LOWDIN_GRAINS', 'SIDES', 'project_out', 'orthogonal_add', 'gram_surv
 # %% ../nbs/03_orthogonal.ipynb #44dac184
 from collections.abc import Callable, Sequence
 import torch
-from scipy.linalg import eigh
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
 from .geometry import gram, rank_for, thin_svd
 from .soup import GRAINS, sum_merged
@@ -114,7 +112,8 @@ def gram_eigh(
     some = k and 3 * k <= n
     if A.is_cuda: e, V = torch.linalg.eigh(A.mT @ A)
     else:
-        G = dsyrk(1., A.contiguous().numpy().T, lower=1)
+        from scipy.linalg import blas, eigh # here, because the command starts without it
+        G = blas.dsyrk(1., A.contiguous().numpy().T, lower=1)
         how = dict(driver='evr', subset_by_index=(n - k, n - 1)) if some else dict(driver='evd')
         e, V = map(torch.from_numpy, eigh(G, lower=True, overwrite_a=True, check_finite=False, **how))
     return e.flip(0)[:k], V.flip(1)[:, :k]
@@ -131,12 +130,35 @@ def turned(
     S, i = W.norm(dim=0).sort(descending=True)
     return (W, S, V) if bool((i.diff() > 0).all()) else (W[:, i], S, V[:, i])
 
+# %% ../nbs/03_orthogonal.ipynb #397c7772
+def _protected_few(M:Tensor, alpha:float)->Tensor|None: # (n, r) V_r, where r is small against n; None: all vectors are wanted
+    from scipy.linalg import blas, lapack # here, because the command starts without it
+    n = M.shape[1]
+    G = blas.dsyrk(1., M.double().contiguous().numpy().T, lower=1)
+    H, d, e, tau, _ = lapack.dsytrd(G, lower=1, lwork=64 * n, overwrite_a=1)      # QᵀGQ is tridiagonal
+    squares, failed = lapack.dsterf(d, e)
+    S = torch.from_numpy(squares).flip(0).clamp_min(0).sqrt().to(M.dtype)
+    r = 0 if failed else rank_for(S, alpha)
+    if not 0 < 4 * r <= n: return None
+    lwork, liwork, _ = lapack.dstemr_lwork(d, pad := [*e, 0.], 2, 0., 0., n - r + 1, n)
+    found, _, Z, failed = lapack.dstemr(d, pad, 2, 0., 0., n - r + 1, n, lwork=int(lwork), liwork=int(liwork))
+    if failed or found != r: return None
+    Z = Z[:, :r]
+    Z[1:], _, _ = lapack.dormqr('L', 'N', H[1:, :-1], tau, Z[1:], 64 * n)
+    V = torch.from_numpy(Z).flip(1)
+    return V.to(M.dtype) if bool(((V.mT @ V).sub_(torch.eye(r)).abs() < 1e-10).all()) else None
+
+# %% ../nbs/03_orthogonal.ipynb #eba8cc7c
 def protected(
     M:Tensor,   # (d_out, d_in)
     alpha:float # share of the sum of singular values, 0 to 1
 )->tuple[Tensor, Tensor]: # U_r (d_out, r), V_r (d_in, r)
     "The leading singular vectors whose values sum to more than a share α of the total."
     if M.shape[0] < M.shape[1]: return protected(M.mT, alpha)[::-1]
+    V = _protected_few(M, alpha) if M.dtype != torch.float64 and not M.is_cuda and M.shape[1] >= 64 else None
+    if V is not None:
+        W = M.clone() @ V
+        return W / W.norm(dim=0), V
     W, S, V = turned(M)
     r = rank_for(S, alpha)
     return W[:, :r] / S[:r], V[:, :r]
@@ -180,9 +202,11 @@ def opcm_add(
     M = state['merged']
     if M.shape[0] < M.shape[1]:
         return dict(merged=opcm_add(dict(merged=M.mT), delta.mT, alpha, zero_diagonal, inclusive)['merged'].mT.contiguous())
+    if not zero_diagonal:
+        U, V = (X if inclusive else X[:, :-1] for X in protected(M, alpha))
+        return dict(merged=torch.addmm(M + delta, U @ (U.mT @ (delta @ V)), V.mT, alpha=-1))
     W, S, V = turned(M)
-    r, rank = rank_for(S, alpha) - (not inclusive), rank_for(S, 1.)
-    r, n = max(r, 0), rank if zero_diagonal else max(r, 0)
+    r, n = max(rank_for(S, alpha) - (not inclusive), 0), rank_for(S, 1.)
     U, V = W[:, :n].div_(S[:n]), V[:, :n]
     X = delta @ V                                       # UᵀX is the left part of Uᵀ Δ V, all of its diagonal in it
     block = U[:, :r] @ (U[:, :r].mT @ X[:, :r])

@@ -345,6 +345,13 @@ def magmax_merged(
     return lam * state['largest']
 
 # %% ../nbs/05_sparse.ipynb #f779421a
+def _variance(x:Tensor)->Tensor: # (T, n) → (n,) over the experts; exactly 0 where they are equal
+    m, d, out = (torch.zeros_like(x[0]) for _ in range(3))
+    for v in x[1:]: m.add_(torch.sub(v, x[0], out=d))        # from the first expert on, so that copies leave nothing
+    m.div_(len(x))
+    for v in x: out.addcmul_(torch.sub(v, x[0], out=d).sub_(m), d)
+    return out.div_(len(x))
+
 def sce(
     deltas:Tensor,    # (T, *shape)
     density:float=.1, # share of the entries that vary which is selected, 0 to 1
@@ -354,7 +361,7 @@ def sce(
     _check_share('density', density)
     if density == 0: return torch.zeros_like(deltas[0])
     V = deltas.reshape(len(deltas), -1)
-    var = torch.cat([x.var(0, unbiased=False) for x in V.split(_BLOCK, 1)])
+    var = torch.cat([_variance(x) for x in V.split(_BLOCK, 1)])
     n = int(density * int(var.count_nonzero()))
     kept = var >= (kth_magnitude(lambda: [var[None]], lambda _: n) if n else var.max())
     return lam * elect_mean(deltas, energy_weights(deltas, kept), 'after', kept=kept)
