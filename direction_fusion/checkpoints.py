@@ -126,7 +126,7 @@ def _open_safetensors(file:Path, label:str)->tuple[dict[str, Meta], Callable[[st
         header, begin = _header(file)
     except (SafetensorError, ValueError) as e: raise _damage(file, label, e) from None
     header.pop('__metadata__', None)
-    meta, place = {}, {}
+    meta, place, views = {}, {}, {}
     for k, h in sorted(header.items(), key=lambda kh: kh[1]['data_offsets']):
         if h['dtype'] not in _DTYPES: raise ValueError(f"{label}, {k!r}: dtype {h['dtype']} cannot be fused; {_UNQUANTISED}")
         meta[k], place[k] = Meta(tuple(h['shape']), _DTYPES[h['dtype']], file), begin + h['data_offsets'][0]
@@ -135,7 +135,8 @@ def _open_safetensors(file:Path, label:str)->tuple[dict[str, Meta], Callable[[st
         m, at = meta[k], place[k]
         if at % m.dtype.itemsize:
             return torch.empty(0, dtype=torch.uint8).set_(storage, at, (m.nbytes,)).clone().view(m.dtype).view(m.shape)
-        return torch.empty(0, dtype=m.dtype).set_(storage, at // m.dtype.itemsize, m.shape)
+        if k not in views: views[k] = torch.empty(0, dtype=m.dtype).set_(storage, at // m.dtype.itemsize, m.shape)
+        return views[k]
     return meta, read, {}
 
 _UNQUANTISED = 'take the model before quantisation'

@@ -40,8 +40,19 @@ static inline bfloat16 narrow_bfloat16(double x) {
     b = (((b & M) + M) | b) & ~M;                     /* odd where anything lay below */
     double y; memcpy(&y, &b, 8);
     float f = (float)y; uint32_t u; memcpy(&u, &f, 4);
-    return f == f ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : 0x7fc0;
+    return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
+
+/* infinite or not a number */
+static inline int endless_bfloat16(bfloat16 x) { return (x & 0x7f80) == 0x7f80; }
+static inline int endless_float32(float32 x) { return x - x != 0; }
+
+/* s / W to the last bit, for W of few digits whose reciprocal is r */
+#ifdef __FP_FAST_FMA
+static inline double over(double s, double W, double r) { double q = s * r; return copysign(fma(fma(-q, W, s), r, q), q); }
+#else
+#define over(s, W, r) ((s) / (W))
+#endif
 
 /* sorts as |d| does */
 static inline uint64_t key_of(double d) { uint64_t u; d = fabs(d); memcpy(&u, &d, 8); return u << 1; }
@@ -50,53 +61,90 @@ static inline uint64_t key_of(double d) { uint64_t u; d = fabs(d); memcpy(&u, &d
 # %% ../nbs/21a_kernels.ipynb #ddf9b1c3
 _LINEAR = r'''
 #define N 1024
+#define EACH for (int i = 0; i < m; i++)
 int64_t linear_REAL(REAL *restrict out, const REAL *restrict base, const REAL *const *experts, const double *a,
                     int64_t T, int64_t n, double c, double lam, double W) {
-    double s[N], b[N];
-    int64_t bad = 0;
+    double s[N], b[N], r = 1 / W;
+    int64_t bad = 0, quick = W != 1 && (float)W == W && fabs(W) > 1e-9 && fabs(W) < 1e9;
     for (int64_t at = 0; at < n; at += N) {
-        int m = n - at < N ? n - at : N;
-        if (base) for (int i = 0; i < m; i++) b[i] = wide_REAL(base[at + i]);
-        for (int t = 0; t < T; t++) {
-            const REAL *restrict x = experts[t] + at;
-            double w = a[t];
-            if (base && t) for (int i = 0; i < m; i++) s[i] += (wide_REAL(x[i]) - b[i]) * w;
-            else if (base) for (int i = 0; i < m; i++) s[i] = (wide_REAL(x[i]) - b[i]) * w;
-            else if (t) for (int i = 0; i < m; i++) s[i] += wide_REAL(x[i]) * w;
-            else for (int i = 0; i < m; i++) s[i] = wide_REAL(x[i]) * w;
+        int m = n - at < N ? n - at : N, worst = 0;
+        if (base) EACH b[i] = wide_REAL(base[at + i]);
+        for (int t = 0; t < T; t += 2) { /* two at a time: half the way to memory and back */
+            int two = t + 1 < T;
+            const REAL *restrict x = experts[t] + at, *restrict y = experts[t + two] + at;
+            double u = a[t], v = a[t + two];
+            if (base && t && two) EACH s[i] = s[i] + (wide_REAL(x[i]) - b[i]) * u + (wide_REAL(y[i]) - b[i]) * v;
+            else if (base && two) EACH s[i] = (wide_REAL(x[i]) - b[i]) * u + (wide_REAL(y[i]) - b[i]) * v;
+            else if (base && t) EACH s[i] += (wide_REAL(x[i]) - b[i]) * u;
+            else if (base) EACH s[i] = (wide_REAL(x[i]) - b[i]) * u;
+            else if (t && two) EACH s[i] = s[i] + wide_REAL(x[i]) * u + wide_REAL(y[i]) * v;
+            else if (two) EACH s[i] = wide_REAL(x[i]) * u + wide_REAL(y[i]) * v;
+            else if (t) EACH s[i] += wide_REAL(x[i]) * u;
+            else EACH s[i] = wide_REAL(x[i]) * u;
         }
-        if (base && c) for (int i = 0; i < m; i++) s[i] += b[i] * c;
-        if (lam != 1) for (int i = 0; i < m; i++) s[i] *= lam;
-        if (W != 1) for (int i = 0; i < m; i++) s[i] /= W;
-        if (base) for (int i = 0; i < m; i++) s[i] += b[i];
-        for (int i = 0; i < m; i++) bad |= s[i] - s[i] != 0;
-        for (int i = 0; i < m; i++) out[at + i] = narrow_REAL(s[i]);
+        if (base && c) EACH s[i] += b[i] * c;
+        if (lam != 1) EACH s[i] *= lam;
+        if (quick) EACH s[i] = over(s[i], W, r);
+        else if (W != 1) EACH s[i] /= W;
+        if (base) EACH s[i] += b[i];
+        EACH out[at + i] = narrow_REAL(s[i]);
+        EACH worst |= endless_REAL(out[at + i]);
+        if (worst) EACH bad |= s[i] - s[i] != 0; /* it may have been too large for the type alone */
     }
     return bad;
 }
+#undef EACH
 #undef N
 '''
 
 # %% ../nbs/21a_kernels.ipynb #6ee25ac5
 PIECE = 2048 # products that are folded into one number
 
+_TREE = r'''
+#define L 256
+#define TREE(P) (((P(0) + P(4)) + (P(2) + P(6))) + ((P(1) + P(5)) + (P(3) + P(7)))) /* the first three halvings */
+#define XX(k) X(k) * X(k)
+#define XY(k) X(k) * Y(k)
+#define YY(k) Y(k) * Y(k)
+#define DX(k) (X(k) - B(k))
+#define DY(k) (Y(k) - B(k))
+#define DXX(k) DX(k) * DX(k)
+#define DXY(k) DX(k) * DY(k)
+#define DYY(k) DY(k) * DY(k)
+
+static inline double halved(double *q) {
+    for (int h = L / 2; h >= 8; h /= 2) for (int i = 0; i < h; i++) q[i] += q[i + h];
+    return ((q[0] + q[4]) + (q[2] + q[6])) + ((q[1] + q[5]) + (q[3] + q[7]));
+}
+
+'''
+
+# %% ../nbs/21a_kernels.ipynb #9c7404ed
 _DOTS = r'''
-#define N 2048
-void dots_REAL(double *sums, const REAL *restrict base, const REAL *restrict x, const REAL *restrict y, int64_t n) {
-    double p[N];
-    for (int64_t at = 0; at < n; at += N) {
-        int m = n - at < N ? n - at : N;
-        if (base) for (int i = 0; i < m; i++) {
-            double b = wide_REAL(base[at + i]);
-            p[i] = (wide_REAL(x[at + i]) - b) * (wide_REAL(y[at + i]) - b);
-        } else for (int i = 0; i < m; i++) p[i] = wide_REAL(x[at + i]) * wide_REAL(y[at + i]);
-        for (int i = m; i < N; i++) p[i] = 0;
-        for (int h = N / 2; h >= 8; h /= 2) for (int i = 0; i < h; i++) p[i] += p[i + h];
-        for (int h = 4; h; h /= 2) for (int i = 0; i < h; i++) p[i] += p[i + h];
-        sums[at / N] = p[0];
+#define X(k) wide_REAL(u[i + k * L])
+#define Y(k) wide_REAL(v[i + k * L])
+#define B(k) wide_REAL(w[i + k * L])
+void dots_REAL(double *xy, double *xx, double *yy, const REAL *base, const REAL *x, const REAL *y, int64_t n) {
+    REAL end[3][8 * L] = {0}; /* the last piece, with zeros behind it */
+    double p[L], q[L], r[L];
+    for (int64_t at = 0; at < n; at += 8 * L) {
+        const REAL *restrict u = x + at, *restrict v = y + at, *restrict w = base ? base + at : 0;
+        if (n - at < 8 * L) {
+            u = memcpy(end[0], u, (n - at) * sizeof(REAL));
+            v = memcpy(end[1], v, (n - at) * sizeof(REAL));
+            if (base) w = memcpy(end[2], w, (n - at) * sizeof(REAL));
+        }
+        if (base && !xx) for (int i = 0; i < L; i++) q[i] = TREE(DXY);
+        else if (base) for (int i = 0; i < L; i++) { p[i] = TREE(DXX); q[i] = TREE(DXY); r[i] = TREE(DYY); }
+        else if (!xx) for (int i = 0; i < L; i++) q[i] = TREE(XY);
+        else for (int i = 0; i < L; i++) { p[i] = TREE(XX); q[i] = TREE(XY); r[i] = TREE(YY); }
+        xy[at / (8 * L)] = halved(q);
+        if (xx) { xx[at / (8 * L)] = halved(p); yy[at / (8 * L)] = halved(r); }
     }
 }
-#undef N
+#undef X
+#undef Y
+#undef B
 '''
 
 # %% ../nbs/21a_kernels.ipynb #6ed6e4c6
@@ -172,7 +220,7 @@ FLAGS = '-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-tr
 
 def source()->str: # of all loops, for all types
     "What is compiled."
-    return _NUMBERS + ''.join(s.replace('REAL', t) for t in TYPES.values() for s in (_LINEAR, _DOTS, _ORDER, _ELECT))
+    return _NUMBERS + _TREE + ''.join(s.replace('REAL', t) for t in TYPES.values() for s in (_LINEAR, _DOTS, _ORDER, _ELECT))
 
 def _processor()->str: # what `native` means here
     info = Path('/proc/cpuinfo')
@@ -264,16 +312,18 @@ def folded(
 
 def dots(
     base:Tensor|None,   # (n, …) what is taken off both; None: nothing
-    x:Tensor, y:Tensor  # (n, …) one type
-)->Tensor:              # (⌈n/PIECE⌉,) float64: sums of pieces of the products of float64 differences
+    x:Tensor, y:Tensor, # (n, …) one type
+    three:bool=False    # x with itself and y with itself as well
+)->Tensor:              # (⌈n/PIECE⌉,) or (3, ⌈n/PIECE⌉) float64: sums of pieces of the products of float64 differences
     "⟨x − θ₀, y − θ₀⟩, piece by piece; the sum of the pieces is for `math.fsum`."
     f = loops('dots', [x, y] if base is None else [x, y, base])
     if f is None:
         u, v = (z.reshape(-1).double() if base is None else z.reshape(-1).double() - base.reshape(-1).double() for z in (x, y))
-        return folded(u * v)
-    sums = torch.empty(-(-x.numel() // PIECE), dtype=torch.float64)
-    f(_pointer(sums), _pointer(base), _pointer(x), _pointer(y), _int(x.numel()))
-    return sums
+        return torch.stack([folded(u * v), folded(u * u), folded(v * v)]) if three else folded(u * v)
+    sums = torch.empty(3 if three else 1, -(-x.numel() // PIECE), dtype=torch.float64)
+    at = [_pointer(row) for row in sums] if three else [_pointer(sums), None, None]
+    f(*at, _pointer(base), _pointer(x), _pointer(y), _int(x.numel()))
+    return sums if three else sums[0]
 
 # %% ../nbs/21a_kernels.ipynb #8d9a03a8
 ROOM = 2**18 # candidates that are held at most

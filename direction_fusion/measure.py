@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BARS', 'SMALL', 'READ', 'BEYOND', 'LARGE', 'anonymous', 'run_once', 'measure', 'programs', 'time_fusion',
-           'describe_machine', 'measure_method', 'run_checkpoints', 'row_name', 'bars', 'bars_table', 'seconds_table',
-           'machine_table', 'plot_times', 'plot_memory', 'save_record', 'load_record', 'run_benchmark', 'main']
+           'time_digests', 'describe_machine', 'measure_method', 'run_checkpoints', 'row_name', 'bars', 'bars_table',
+           'seconds_table', 'machine_table', 'plot_times', 'plot_memory', 'completed', 'save_record', 'load_record',
+           'run_benchmark', 'main']
 
 # %% ../nbs/31_measure.ipynb #43e40f12
 import argparse
@@ -23,9 +24,10 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 import yaml
+from .checkpoints import open_checkpoint
 from .core import atomic_path
 from .oracle import TESTED, count_wrong, llama_config, make_models, merge_recipe, sized_config, stored_bits
-from .request import n_cores
+from .request import n_cores, run_all
 from .site import project_root
 from .streaming import fuse_recipe
 
@@ -103,6 +105,7 @@ def programs(
     files = ' '.join(f"'{f}'" for m in inputs for f in sorted(m.glob('*.safetensors')))
     commands = dict(ours=[sys.executable, '-c', said, 'fuse', recipe, '--out', out/'ours'],
                     itself=[sys.executable, '-m', 'direction_fusion.measure', 'fusion', recipe, out/'itself'],
+                    digests=[sys.executable, '-m', 'direction_fusion.measure', 'digests', *inputs],
                     cp=['sh', '-c', f"cat {files} > /dev/null && cp -r '{inputs[0]}' '{out/'cp'}'"])
     if not mergekit: return commands
     python = Path(mergekit).expanduser().absolute().with_name('python')
@@ -115,8 +118,18 @@ def time_fusion(
     out:str|os.PathLike     # folder that shall appear
 )->tuple[float, float]:     # seconds, and those of all processor cores together
     "How long a fusion takes in a process that has imported all it needs."
+    return _timed(lambda: fuse_recipe(recipe, out))
+
+def time_digests(
+    models:Sequence[str|os.PathLike] # folders
+)->tuple[float, float]:     # as `time_fusion`
+    "How long it takes to read models and take the digests of all their tensors, and nothing else."
+    opened = [open_checkpoint(m) for m in models]
+    return _timed(lambda: run_all((0, partial(m.digest, k)) for m in opened for k in m))
+
+def _timed(f:Callable)->tuple[float, float]: # wall and processor seconds
     began = time.perf_counter(), time.process_time()
-    fuse_recipe(recipe, out)
+    f()
     return time.perf_counter() - began[0], time.process_time() - began[1]
 
 # %% ../nbs/31_measure.ipynb #20194fde
@@ -159,9 +172,9 @@ def measure_method(
         before()
     done = measure(commands, repeats, keep)
     keep()
-    if 'itself' in done:
-        own = [[float(x) for x in s.split()] for s in done['itself'].pop('said')]
-        done['itself'] |= dict(turns=[s for s, _ in own], cpu=min(c for _, c in own))
+    for n in done.keys() & {'itself', 'digests'}: # what their own clocks said
+        own = [[float(x) for x in s.split()] for s in done[n].pop('said')]
+        done[n] |= dict(turns=[s for s, _ in own], cpu=min(c for _, c in own))
     for r in done.values(): r.pop('said', None); r['seconds'] = min(r['turns'])
     sizes = [b.size for b in stored_bits(models[0]).values()]
     wrong = count_wrong(method, models, kept) if judge else {}
@@ -171,7 +184,7 @@ def measure_method(
 
 # %% ../nbs/31_measure.ipynb #a60a3be5
 def run_checkpoints(
-    size:float=.25e9,       # parameters of a model
+    size:float=.25e9,       # parameters of a model; 0: the large one alone
     work:str='',            # folder for temporary files; '': the system's
     mergekit:str='',        # as in `programs`
     repeats:int=3,          # turns
@@ -192,11 +205,12 @@ def run_checkpoints(
         def all_methods(models):
             for m in methods: tell(m); record['rows'].append(row(m, models, repeats=repeats))
         def curve(models, **kw): record['memory'].append(row('task_arithmetic', models, repeats=1, judge=False, **kw))
-        on(sized_config(size), 3, all_methods)
-        tell('many small parameters')
-        on(llama_config(16, small, 100), 3,
-           lambda models: record['rows'].append(row('task_arithmetic', models, repeats=repeats) | dict(small=True)))
-        for s in sizes:
+        if size:
+            on(sized_config(size), 3, all_methods)
+            tell('many small parameters')
+            on(llama_config(16, small, 100), 3,
+               lambda models: record['rows'].append(row('task_arithmetic', models, repeats=repeats) | dict(small=True)))
+        for s in sizes if size else ():
             tell(f'memory, {s * size:,.0f} parameters')
             on(sized_config(s * size), 3, partial(curve, only=('ours', 'mergekit')), holes=True)
         if large and shutil.disk_usage(tmp).free > 2.2 * large:
@@ -309,9 +323,16 @@ def plot_memory(
     return ax
 
 # %% ../nbs/31_measure.ipynb #d6e6f3c7
+def completed(record:Mapping, earlier:Mapping)->dict: # two records of `run_checkpoints`
+    "A record, and from an earlier one what it did not measure: the large model, or all but the large model."
+    large = lambda r: [m for m in r['memory'] if m['size'] > 5e9]
+    if not record['rows']: return {**earlier, 'memory': [m for m in earlier['memory'] if m['size'] <= 5e9] + record['memory']}
+    return {**record, 'memory': record['memory'] + ([] if large(record) else large(earlier))}
+
 def save_record(record:Mapping, path:str|os.PathLike)->Path: # absolute, or from the root of the project
     "Write a record; it appears when it is whole."
     path = project_root()/path
+    if path.is_file() and 'memory' in record: record = completed(record, load_record(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as p: p.write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return path
@@ -348,6 +369,8 @@ def main(
     sub = p.add_subparsers(dest='what', required=True)
     one = sub.add_parser('fusion', help='one fusion in a process that has imported all; prints its seconds')
     one.add_argument('recipe'); one.add_argument('out')
+    digests = sub.add_parser('digests', help='digests of all tensors of some models; prints their seconds')
+    digests.add_argument('models', nargs='+')
     all_ = sub.add_parser('checkpoints', help='everything; writes the record and the page')
     add = all_.add_argument
     add('--size', type=float, default=.25e9, help='parameters of a model')
@@ -357,7 +380,9 @@ def main(
     add('--small', type=int, default=555, help='layers of the model of many small parameters')
     add('--large', type=float, default=0., help='parameters of one large model, such as 7e9; it needs room for one output')
     given = vars(p.parse_args(args))
-    if given.pop('what') == 'fusion': print(*time_fusion(given['recipe'], given['out']))
+    what = given.pop('what')
+    if what == 'fusion': print(*time_fusion(given['recipe'], given['out']))
+    elif what == 'digests': print(*time_digests(given['models']))
     else: run_benchmark('checkpoints', **given)
 
 if __name__ == '__main__' and 'get_ipython' not in globals(): main() # a notebook is `__main__` too

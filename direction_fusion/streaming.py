@@ -15,6 +15,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
@@ -31,7 +32,7 @@ from .kernels import (PIECE, ROOM, TYPES, collect as collected, count, dots, ele
 from .methods import Method
 from .recipes import Recipe, read_recipe
 from .request import (CHUNK, DTYPES, Cast, Request, ZeroBase, check_finite, make_request, n_cores, read_deltas,
-                                      row_ranges, run_all, tally)
+                                      row_ranges, run_all, tally, witnessed)
 from .soup import gram_scan
 from .sparse import ties, ties_scan, ties_survey
 from .vocabulary import (MODES, RowMatch, align_labels, align_tokens, head_parameters, split_heads, without_heads,
@@ -89,6 +90,8 @@ def scratch(
         own[:] = [torch.empty(max(n, CHUNK), dtype=torch.float64) for _ in range(max(count, len(own)))]
     return [x[:n].view(shape) for x in own[:count]]
 
+def _fast(request:Request)->int: return request.chunk * (4 if library() else 1) # numbers at a time, where no copies are made
+
 def gram_rows(
     request:Request, # the request
     k:str            # a parameter
@@ -97,14 +100,16 @@ def gram_rows(
     T, delta, meta = len(request.experts), request.settings(k)[0].get('on', 'delta') == 'delta', request.base.meta[k]
     width, ranges = math.prod(meta.shape[1:]), row_ranges(meta.shape, request.chunk)
     step = PIECE // math.gcd(PIECE, width)                                     # rows that begin and end with a piece
-    step *= max(1, request.chunk // max(1, width * step))
-    sums = {(s, t): [] for s in range(T) for t in range(s + 1)}
+    step *= max(1, _fast(request) // max(1, width * step))
+    pairs, sums = [(s, t) for s in range(T) for t in range(s + 1)], []
     for i in range(0, meta.n_rows, step):
         rows = [e.rows(k, i, min(i + step, meta.n_rows)) for e in request.experts]
         b = request.base.rows(k, i, min(i + step, meta.n_rows)) if delta else None
-        for (s, t), found in sums.items(): found += dots(b, rows[s], rows[t]).tolist()
-    G = torch.zeros(T, T, dtype=torch.float64)
-    for (s, t), found in sums.items(): G[s, t] = G[t, s] = math.fsum(found) if all(map(math.isfinite, found)) else math.nan
+        if T == 2: sums.append(dots(b, *rows, True)[[1, 0, 2]])               # all products of a pair in one go
+        else: sums.append(torch.stack([dots(b, rows[s], rows[t]) for s, t in pairs]))
+    G, found = torch.zeros(T, T, dtype=torch.float64), torch.cat(sums, 1)
+    fine = found.isfinite().all(1).tolist()
+    for (s, t), x, ok in zip(pairs, found, fine): G[s, t] = G[t, s] = math.fsum(x.tolist()) if ok else math.nan
     if not math.isfinite(G.sum()):
         for i, j in ranges: check_finite(request.base, request.experts, k, i, j)
     return G[None]
@@ -340,7 +345,6 @@ def direct_tasks(
 )->Iterator[tuple[int, Callable]]:
     "As `delta_tasks`, for what is made directly."
     form, rows = way
-    fast = request.chunk * (4 if library() else 1)
     def whole(k, ranges):
         f = form(k)
         for i, j in ranges: put(k, i, rows(k, i, j, f))
@@ -349,7 +353,7 @@ def direct_tasks(
         put(k, i, rows(k, i, j, f))
         if last(): finish(k)
     for k in (k for k in request.moving if k not in done):
-        meta, ranges = request.base.meta[k], row_ranges(request.base.meta[k].shape, fast)
+        meta, ranges = request.base.meta[k], row_ranges(request.base.meta[k].shape, _fast(request))
         if scans or len(ranges) < 2: yield meta.nbytes, partial(whole, k, ranges); continue
         f, last = form(k), _countdown(len(ranges))
         for i, j in ranges: yield meta.nbytes * (j - i) // meta.n_rows, partial(piece, k, i, j, f, last)
@@ -510,9 +514,10 @@ def fuse_checkpoints(
 def _write_out(request, opened, out, max_shard, overwrite, threads, keep, match, recipe, advance)->dict: # stream to a folder
     count = tally(sum(request.base.meta[k].nbytes for k in request.moving), advance)
     with ShardWriter(out, request.plan(), max_shard, overwrite, request_key(request)) as w:
-        inputs = input_digests(request, threads)
+        watched = replace(request, base=witnessed(request.base), experts=tuple(map(witnessed, request.experts)))
         count(sum(request.base.meta[k].nbytes for k in request.moving if k in w.done))
-        stream(request, w.write, w.finish, tuple(w.done), threads, count, out.parent)
+        stream(watched, w.write, w.finish, tuple(w.done), threads, count, out.parent)
+        inputs = input_digests(watched, threads)
         copy_side_files(request.base, w.part, request.dtype)
         if match and not match.same: write_tokenizer(w.part, request.base, request.experts, match)
         if keep: split_heads(w.part, opened)
