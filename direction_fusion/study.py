@@ -44,9 +44,9 @@ from .methods import METHODS, check_params, get_method
 from .metrics import metrics, pack_bits
 from .plots import summary_table
 from .tasks import batches, check_stream, encode, load_stream, task_fingerprint
-from .train import (METRICS, Classifier, Recipe, digest, has_bfloat16, in_memory, linear_probe, load_backbone,
-                                    load_expert, model_source, predict, pretrained_vit, recipe_key, replayed, train_expert,
-                                    train_together)
+from .train import (METRICS, Classifier, Recipe, check_images, digest, has_bfloat16, in_memory, linear_probe,
+                                    load_backbone, load_expert, model_source, predict, pretrained_vit, recipe_key, replayed,
+                                    train_expert, train_together)
 
 # %% ../nbs/14_study.ipynb #61e5d5bd
 @dataclass(frozen=True)
@@ -257,6 +257,8 @@ def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes
     text = 'text' in next(iter(raw.values()))['train'].column_names
     if text and tokenizer is None:
         raise ValueError(f"study {study.name!r}: model {study.model!r} has no tokenizer, but {study.tasks[0]!r} is a text task")
+    for n, t in raw.items():
+        if 'pixel_values' in t['train'].features: check_images(backbone, n, t['train'].features['pixel_values'].shape)
     tasks = {n: encode(t, tokenizer, study.max_tokens) for n, t in raw.items()}
     state = {k: v.clone() for k, v in backbone.state_dict().items()}
     frozen = [p.strip() for p in study.freeze.split(',') if p.strip()]
@@ -309,6 +311,12 @@ def _whole(study:Study, state:Mapping, head:Mapping)->dict: # the parameters tha
 def _apart(state:Mapping)->tuple[dict, dict]: # of the backbone, of the shared head
     head = {k: v for k, v in state.items() if k in ('head.weight', 'head.bias')}
     return {k: v for k, v in state.items() if k not in head}, {k.removeprefix('head.'): v for k, v in head.items()}
+
+def _head(study:Study, heads:Mapping, task:str, known:Sequence[str])->tuple[dict, int]: # head, where the task's classes begin
+    if study.heads != 'joined' or not heads: return dict(heads.get(task, {})), 0
+    names = [n for n in study.tasks if n in (*known, task)]
+    whole = {k: torch.cat([heads[n][k] for n in names]) for k in ('weight', 'bias')}
+    return whole, sum(len(heads[n]['bias']) for n in names[:names.index(task)])
 
 # %% ../nbs/14_study.ipynb #67a887f6
 TRAINING = 1 # raise it when a change to the training code changes its results
@@ -372,12 +380,6 @@ def answers(
     finally:
         if loaded: b.backbone.load_state_dict(b.state)
     return {n: np.load(p, allow_pickle=False) for n, p in paths.items()}
-
-def _head(study:Study, heads:Mapping, task:str, known:Sequence[str])->tuple[dict, int]: # a head, and where the task's classes begin
-    if study.heads != 'joined' or not heads: return dict(heads.get(task, {})), 0
-    names = [n for n in study.tasks if n in (*known, task)]
-    whole = {k: torch.cat([heads[n][k] for n in names]) for k in ('weight', 'bias')}
-    return whole, sum(len(heads[n]['bias']) for n in names[:names.index(task)])
 
 def labels(study:Study, task:str, split:str='test')->np.ndarray: # (n,) true classes
     "The true classes of a split."
