@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import unittest.mock
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 import yaml
@@ -59,35 +59,70 @@ def sidebar(
     return out
 
 # %% ../nbs/42_website.ipynb #b229d23f
-_PICTURE = re.compile(r"PosixPath\('([^']+)\.svg'\)")
-
-def _finish(nb:Path, study:str)->None: # in place: the study in the title, figures as SVG with the words that go with them
+def _finish(
+    nb:Path,      # an executed notebook, changed in place
+    figures:Path, # where its figures are
+    of:str='',    # what it shows, for its title
+)->Path:
     d = json.loads(nb.read_text(encoding='utf-8'))
-    title = lambda m: f'# Study {study}: {m[1].lower()}{m[2]}'
-    d['cells'][0]['source'] = re.sub(r'^# (.)(.*)', title, ''.join(d['cells'][0]['source']))
-    for o in (o for c in d['cells'] for o in c.get('outputs', [])):
-        if not (m := _PICTURE.search(''.join(o.get('data', {}).get('text/plain', '')))): continue
-        svg = shutil.copy2(f'{m[1]}.svg', nb.parent)
-        o['data'] = {'text/markdown': _figure(Path(svg), Path(svg).name)}
+    title = lambda m: f'# {of}{m[1].lower() if of else m[1]}'
+    d['cells'][0]['source'] = re.sub(r'(?<=\A)# (.)', title, ''.join(d['cells'][0]['source']))
+    for c in (c for c in d['cells'] if c['cell_type'] == 'code'):
+        source = ''.join(c['source'])
+        if re.match(r'from |import |\w+: \w+ = |# Parameters', source): c['source'] = f'#| code-fold: true\n{source}'
+        for o in c.get('outputs', []):
+            name = re.search(r'([\w.=-]+\.svg)\b', ''.join(o.get('data', {}).get('text/plain', '')))
+            if not name or not (figures/name[1]).is_file(): continue
+            (nb.parent/nb.stem).mkdir(exist_ok=True); svg = Path(shutil.copy2(figures/name[1], nb.parent/nb.stem))
+            o['data'] = {'text/markdown': _figure(svg, f'{nb.stem}/{svg.name}')}
     nb.write_text(json.dumps(d), encoding='utf-8')
+    return nb
+
+# %% ../nbs/42_website.ipynb #062b08be
+def _again(draws:Callable)->Callable: # the same draws from the same state of a generator, which is left as they left it
+    known = {}
+    def f(n, size, generator):
+        if (key := (n, size, str(generator.bit_generator.state))) not in known:
+            known[key] = draws(n, size, generator), generator.bit_generator.state
+        values, generator.bit_generator.state = known[key]
+        return values
+    return f
+
+def _template(nb:Path, links:Sequence[str])->None: # in place
+    if not nb.exists() or not links: return
+    d = json.loads(nb.read_text(encoding='utf-8'))
+    for c in d['cells']: c |= {'outputs': []} if c['cell_type'] == 'code' else {}
+    told = f"This is the template, which `direction-fusion study` fills in. Executed on published records: {', '.join(links)}."
+    d['cells'].insert(1, {'cell_type': 'markdown', 'metadata': {}, 'source': told})
+    nb.write_text(json.dumps(d), encoding='utf-8')
+
+# %% ../nbs/42_website.ipynb #e2338a01
+def _execute(root:Path, name:str, to:Path, study:str, of:str, params:Mapping)->Path: # one analysis notebook, as a page
+    run_notebook(root, name, to, {'out': f'runs/{study}/{name}', **params})
+    return _finish(to, root/'runs'/study/name, of)
 
 def show_results(
     root:Path, # a copy of the project, which gains `nbs/results`
-)->list[Path]: # the executed notebooks
+)->list[Path]: # the executed notebooks, those of the study with the most records first
     "Execute the analysis notebooks on the published records of every study of `settings.ini`."
-    made = []
-    for study, records in (published(root) if (root/'settings.ini').exists() else {}).items():
+    made, found = [], published(root) if (root/'settings.ini').exists() else {}
+    for study, records in sorted(found.items(), key=lambda x: -len(x[1])):
         (to := root/'nbs/results'/study).mkdir(parents=True)
         text = study_page(study, root/'assets'/study, f'../../../assets/{study}')
-        nb = _need('nbformat.v4').new_notebook(cells=[_need('nbformat.v4').new_markdown_cell(s) for s in text])
-        (to/'methods.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+        cells = [{'cell_type': 'markdown', 'metadata': {}, 'source': s} for s in text]
+        made.append(to/'method.ipynb')
+        made[-1].write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)), encoding='utf-8')
         shutil.copytree(root/'assets'/study, root/'runs'/study, dirs_exist_ok=True)
         told = dict(interference=dict(method=records[0].method, seed=records[0].seed, order=records[0].order))
         if common_runs(records): told['compare'] = {} # records of older versions cannot be paired
-        for name, params in told.items():
-            run_notebook(root, name, to/f'{name}.ipynb', params | dict(study=study, out=f'runs/{study}/figures'))
-            _finish(to/f'{name}.ipynb', study)
-        made += sorted(to.glob('*.ipynb'))
+        made += [_execute(root, n, to/f'{n}.ipynb', study, f'Study {study}: ', dict(p, study=study)) for n, p in told.items()]
+    if made: # what is about all studies keeps its place
+        main, here = made[0].parent.name, root/'nbs/analysis'
+        made += [_execute(root, n, here/f'{n}.ipynb', main, '', p) for n, p in
+                 dict(gallery=dict(study=main), reproduction=dict(studies='*')).items() if (here/f'{n}.ipynb').exists()]
+        for n in ('compare', 'interference', 'method'):
+            pages = {s: root/'nbs/results'/s/f'{n}.ipynb' for s in found}
+            _template(here/f'{n}.ipynb', [f'[study {s}](../results/{s}/{n}.ipynb)' for s, p in pages.items() if p.exists()])
     return made
 
 # %% ../nbs/42_website.ipynb #a1fb6f2d
@@ -100,10 +135,10 @@ def _copy(root:Path, to:Path)->Path: # files at the top, notebooks, published re
     return to
 
 @contextlib.contextmanager
-def _remembering(module:str, name:str): # calls of a pure function of a package, where the installed one has it
+def _remembering(module:str, name:str, how:Callable=functools.cache): # calls of a function, where the installed package has it
     module = _need(module)
     f = getattr(module, name, None)
-    with unittest.mock.patch.object(module, name, functools.cache(f)) if f else contextlib.nullcontext(): yield
+    with unittest.mock.patch.object(module, name, how(f)) if f else contextlib.nullcontext(): yield
 
 def _process(root:Path)->Path: # nbdev's half of the way: the folder of processed notebooks
     quarto, serve = _need('nbdev.quarto'), _need('nbdev.serve')
@@ -140,20 +175,21 @@ def _with_words(cells:list)->None: # in place: `fig-alt` for each cell that drew
 _SOURCE = re.compile(r'\[source\]\(/blob/[^)]*\)(\{[^}]*\})?') # nbdev's link to a function's source, without a repository
 _NOWHERE = re.compile(r'<a [^>]*href="nowhere:[^"]*"[^>]*>(.*?)</a>', re.S)
 
-def _mover(pages:Path, root:Path, here:str): # where a link of a page in the folder `here` leads
+def _mover(pages:Path, root:Path, here:str, main:str): # where a link of a page in `here` leads; main: folder of a study
     def move(t):
         path = posixpath.normpath(posixpath.join(here, t))
+        if here != 'analysis' and (pages/(shown := path.replace('analysis/', f'{main}/', 1))).exists(): path = shown # executed
         if path.startswith('../') and (root/path[3:]).is_dir():
-            path = f"results/{path[3:].removeprefix('assets/')}/methods.ipynb"
+            path = f"results/{path[3:].removeprefix('assets/')}/method.ipynb"
             if not (pages/path).exists(): return f'nowhere:{t}'
         if path.startswith('../') and (root/path[3:]).is_file():
             path = path[3:]; (pages/path).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(root/path, pages/path)
         return posixpath.relpath(page_name(path), here)
     return move
 
-def _settle(pages:Path, root:Path)->None: # in place: names, links, and what the links need
+def _settle(pages:Path, root:Path, main:str='analysis')->None: # in place: names, links, and what the links need
     found = sorted(pages.rglob('*.ipynb'))
-    moves = {p: _mover(pages, root, p.relative_to(pages).parent.as_posix()) for p in found}
+    moves = {p: _mover(pages, root, p.relative_to(pages).parent.as_posix(), main) for p in found}
     side = yaml.safe_load((pages/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']
     config = yaml.safe_load((pages/'_quarto.yml').read_text(encoding='utf-8')) if (pages/'_quarto.yml').exists() else {}
     own = config.get('website', {}).get('sidebar', {})
@@ -194,6 +230,17 @@ def accessible(
     for pattern, by in _ACCESSIBLE: page = re.sub(pattern, by, page)
     return _NOWHERE.sub(r'\1', page)
 
+# %% ../nbs/42_website.ipynb #c6d6b507
+_API = re.compile(r'(<a href="([^"#:]*)#([^"]+)")(?=><code>)') # a link that nbdev made
+
+def _anchor(site:Path)->None: # in place
+    texts = {p: p.read_text(encoding='utf-8') for p in site.rglob('*.html')}
+    ids = {p: set(re.findall(r'\sid="([^"]*)"', t)) for p, t in texts.items()}
+    for p, t in texts.items():
+        there = lambda m: ids.get((p.parent/m[2]).resolve() if m[2] else p, {m[3]})
+        new = _API.sub(lambda m: m[1] if m[3] in there(m) else f'<a href="{m[2] or p.name}"', t)
+        if new != t: p.write_text(new, encoding='utf-8')
+
 # %% ../nbs/42_website.ipynb #a89ea0a7
 def _render(pages:Path)->Path: # the folder of HTML pages
     if shutil.which('quarto'): _need('nbdev.quarto_render').render_quarto(pages, pages/'_docs', n_workers=1)
@@ -210,13 +257,14 @@ def build_site(
     root = project_root(root)
     with tempfile.TemporaryDirectory(prefix='site') as tmp:
         copy = _copy(root, Path(tmp).resolve()/'project')
-        show_results(copy)
+        with _remembering('direction_fusion.metrics', '_draws', _again): made = show_results(copy)
         pages = _process(copy)
-        _settle(pages, copy)
+        _settle(pages, copy, made[0].parent.relative_to(copy/'nbs').as_posix() if made else 'analysis')
         out = _render(pages)
         for p in sorted([*out.rglob('*.html'), *out.rglob('*.css')]):
             text = take_offline(p.read_text(encoding='utf-8'), p.relative_to(out).as_posix())
             p.write_text(accessible(text) if p.suffix == '.html' else text, encoding='utf-8')
+        _anchor(out)
         shutil.rmtree(root/'_docs', ignore_errors=True)
         return Path(shutil.move(out, root/'_docs'))
 
