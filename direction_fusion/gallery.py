@@ -22,6 +22,7 @@ from .interference import PREDICTORS, barrier, interference_of, load_interferenc
 from .metrics import crossed_intervals, holm
 from .plots import (_FONT, _INK, _PALE, _axes, _count_axis, _label_ends, _matrix, _matrix_axes, _words, Saved,
                                     common_runs, differences, method_style, save_figure)
+from .ranking import SETTINGS
 from .runner import read_records
 from .study import find_root
 
@@ -376,7 +377,6 @@ CLAIMS = [ # method, the one it is said to beat, metric, what is said, where
     ('magmax', 'soft_soup', 'ACC', 'better than averaging (70.7 to 66.3 %)',
      'arXiv:2407.06322, abstract, of experts trained in sequence; numbers of independent ones: arXiv:2505.11883, table 1'),
     ('wudi', 'tsv_m', 'ACC', 'better than data-free methods before it', 'arXiv:2503.08099, abstract')]
-_SETTINGS = {'defaults': lambda p: not p, 'chosen': lambda p: p and 'norm=' not in p, 'matched norm': lambda p: 'norm=' in p}
 
 def _labels(records, method, fits)->list[str]: # labels of a method in one setting
     split = lambda r: (r.method.partition('(')[0], r.method.partition('(')[2])
@@ -402,8 +402,8 @@ def reproduction(
         said, found = dict(method=method, than=other, metric=metric, claim=claim, where=where), []
         for study in dict.fromkeys(r.study for r in records):
             own = [r for r in records if r.study == study]
-            for setting, fits in _SETTINGS.items():
-                bare = _SETTINGS['defaults' if setting == 'chosen' else setting]
+            for setting, fits in SETTINGS.items():
+                bare = SETTINGS['defaults' if setting == 'chosen' else setting]
                 pair = [_labels(own, m, fits) or _labels(own, m, bare) for m in (method, other)]
                 if not all(pair) or setting == 'chosen' and not any('(' in x[0] for x in pair): continue
                 found.append(said | dict(study=study, setting=setting) | _judged(own, pair[0][0], pair[1][0], metric))

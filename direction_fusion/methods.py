@@ -214,7 +214,7 @@ METHODS |= dict(
     dora=Method(
         'DoRA', 'dora', 'this project; proxy: arXiv:2503.08099; closed form: RegMean, arXiv:2212.09849, eq. 2',
         add=align_add, merged=align_merged, remove=align_remove, linear_only=True, cost='T·(d_out·d_in·min + min³) + d_in³',
-        ranges=dict(p=(1e-3, 10), rho=_positive, lam=_any), grid=dict(p=[.75, 1., 1.25], rho=[.005, .03, .1])))
+        ranges=dict(p=(1e-3, 10), rho=_positive, lam=_any), grid=dict(p=[.5, .75, 1.], rho=[.03, .3, 3.])))
 
 # %% ../nbs/08_methods.ipynb #8d8ca6a6
 METHODS |= dict(

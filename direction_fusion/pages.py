@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from .benchmarks import load_benchmark
 from .methods import METHODS
+from .ranking import chosen
 from .runner import read_records
 from .study import find_root, studies
 
@@ -43,25 +44,25 @@ def rule_seconds(
 def choices_table(
     published:Mapping[str, Sequence], # study → records
     seconds:Mapping[str, float]={},   # from `rule_seconds`
-)->pd.DataFrame: # one row per method and setting; for each study `NAME kept` (%), `NAME lost` (points) and `NAME runs`
+)->pd.DataFrame: # one row per method; for each study `NAME kept` (%), `NAME lost` (points), `NAME runs`, `NAME setting`
     "All that a choice depends on, best kept first."
     rows = {}
     for study, records in published.items():
-        for r in records: rows.setdefault(r.method, {}).setdefault(study, []).append(r.metrics)
-    for n in METHODS: # those without a record
-        if not any(label.partition('(')[0] == n for label in rows): rows[n] = {}
+        for r in chosen(records): rows.setdefault(r.method.partition('(')[0], {}).setdefault(study, []).append(r)
     out = []
-    for label, by in rows.items():
-        if (m := METHODS.get(n := label.partition('(')[0])) is None: continue
-        row = dict(label=label, method=n, title=m.title, setting=label[len(n):].strip('()'), family=m.family, kind=m.kind,
-                   needs=m.needs, order_free=m.order_free, removable=bool(m.remove), cost=m.cost,
-                   seconds=seconds.get(n, np.nan), cite=m.cite)
-        for s, metrics in by.items():
-            mean = lambda key: 100 * np.mean([x[key] for x in metrics])
-            row |= {f'{s} kept': mean('NACC'), f'{s} lost': mean('F'), f'{s} runs': len(metrics)}
+    for n in [*rows, *(n for n in METHODS if n not in rows)]: # those without a record too
+        if (m := METHODS.get(n)) is None: continue
+        row = dict(method=n, title=m.title, family=m.family, kind=m.kind, needs=m.needs, order_free=m.order_free,
+                   removable=bool(m.remove), cost=m.cost, seconds=seconds.get(n, np.nan), cite=m.cite)
+        for s, rs in rows.get(n, {}).items():
+            mean = lambda key: 100 * np.mean([r.metrics[key] for r in rs])
+            row |= {f'{s} kept': mean('NACC'), f'{s} lost': mean('F'), f'{s} runs': len(rs),
+                    f'{s} setting': rs[0].method[len(n):].strip('()')}
         out.append(row)
     table = pd.DataFrame(out)
-    for s in published: table[f'{s} runs'] = table[f'{s} runs'].fillna(0).astype(int)
+    for s in published:
+        table[f'{s} runs'] = table[f'{s} runs'].fillna(0).astype(int)
+        table[f'{s} setting'] = table[f'{s} setting'].fillna('')
     by = [f'{s} kept' for s in published]
     return table.sort_values(by, ascending=False, na_position='last', kind='stable').reset_index(drop=True) if by else table
 
@@ -75,16 +76,18 @@ for (const r of rows) { r.hidden = !on.every(v => r.dataset.is.split(" ").includ
 said.textContent = n + " of " + rows.length + " rows"; };
 boxes.forEach(b => b.addEventListener("change", narrow)); narrow(); })();</script>'''
 
-def _cell(kept:float, lost:float, runs:int, worst:float)->str: # two table cells of one study
+def _cell(kept:float, lost:float, runs:int, setting:str, worst:float)->str: # two table cells of one study
     if not runs: return '<td>–</td><td>–</td>'
+    setting = f'<br><small>{escape(setting)}</small>' if setting else ''
     gap = f'<span class="df-bar df-lost"><span style="width:{min(100, 100 * max(0, 100 - kept) / worst):.0f}%"></span></span>'
-    return f'<td>{kept:.1f}&nbsp;% {gap}</td><td>{lost:.1f}</td>'
+    return f'<td>{kept:.1f}&nbsp;% {gap}{setting}</td><td>{lost:.1f}</td>'
 
 def choose_html(
     table:pd.DataFrame, # from `choices_table`
 )->str:                 # HTML: filters, table, and the script that connects them
     "The table for a browser."
     names = [c.removesuffix(' kept') for c in table.columns if c.endswith(' kept')]
+    shown = 'kept', 'lost', 'runs', 'setting'
     worst = max([float(100 - table[f'{s} kept'].min()) for s in names] + [1.])
     head = ''.join(f'<th scope="col">{escape(s)}: {what}</th>' for s in names for what in ('accuracy kept', 'forgotten (points)'))
     body = []
@@ -94,9 +97,8 @@ def choose_html(
         tags = [t for t, on in is_so.items() if on]
         fast = '–' if np.isnan(ms := 1e3 * r['seconds']) else f'{ms:.{0 if ms >= 10 else 1}f} ms'
         words = [r['kind'], r['needs'] or 'weights', 'free' if r['order_free'] else 'matters', 'yes' if r['removable'] else 'no']
-        setting = f"<br><small>{escape(r['setting'])}</small>" if r['setting'] else ''
-        body.append(f'<tr data-is="{" ".join(tags)}"><th scope="row" title="{escape(r["cite"])}">{escape(r["title"])}{setting}'
-                    + '</th>' + ''.join(_cell(r[f'{s} kept'], r[f'{s} lost'], r[f'{s} runs'], worst) for s in names)
+        body.append(f'<tr data-is="{" ".join(tags)}"><th scope="row" title="{escape(r["cite"])}">{escape(r["title"])}'
+                    + '</th>' + ''.join(_cell(*(r[f'{s} {k}'] for k in shown), worst) for s in names)
                     + ''.join(f'<td>{escape(w)}</td>' for w in words)
                     + f'<td>{fast}</td><td><small>{escape(r["cost"])}</small></td></tr>')
     boxes = ''.join(f'<label><input type="checkbox" value="{k}"> {v}</label>' for k, v in _FILTERS.items())
@@ -117,25 +119,27 @@ _SITUATIONS = [
     ('The fusion must cost no more than reading the files', lambda t: (t.cost == 'T·d_out·d_in') & (t.needs == '')),
 ]
 
-def _best(table:pd.DataFrame, study:str, margin:float=1.)->tuple: # the rows that keep most, and those without a record
-    known = table[table[f'{study} runs'] > 0].sort_values(f'{study} kept', ascending=False) if study else table[:0]
-    good = known[known[f'{study} kept'] >= known[f'{study} kept'].max() - margin] if len(known) else known
-    return good, table[~table.method.isin(known.method)]
+def _best(table:pd.DataFrame, names:Sequence[str], margin:float=1.)->tuple: # rows that keep most; rows that some study lacks
+    whole = (table[[f'{s} runs' for s in names]] > 0).all(axis=1) & bool(names)
+    known = table[whole].assign(kept=table[[f'{s} kept' for s in names]].mean(axis=1)).sort_values('kept', ascending=False)
+    return known[known.kept >= known.kept.max() - margin] if len(known) else known, table[~whole]
+
+def _kept(row:Mapping, names:Sequence[str])->str: # of one method, in all studies
+    each = (f"{row[f'{s} kept']:.1f} % ({s}{', ' * bool(row[f'{s} setting'])}{row[f'{s} setting']})" for s in names)
+    return f"**{row['title']}** keeps {', '.join(each)}"
 
 def advice(
     table:pd.DataFrame, # from `choices_table`
 )->str:                 # Markdown
     "For each situation the methods that kept most, in sentences."
     names = [c.removesuffix(' runs') for c in table.columns if c.endswith(' runs')]
-    study = max(names, key=lambda s: table[f'{s} runs'].sum(), default='')
     out = []
     for words, fits in _SITUATIONS:
-        good, unknown = _best(table[fits(table)], study)
-        said = [f"**{r['title']}**{' (' + r['setting'] + ')' if r['setting'] else ''} keeps {r[f'{study} kept']:.1f} % "
-                f"and forgets {r[f'{study} lost']:.1f} points" for r in good.to_dict('records')]
+        good, unknown = _best(table[fits(table)], names)
+        said = [_kept(r, names) for r in good.to_dict('records')]
         rest = list(dict.fromkeys(unknown.title))
         more = ', '.join(rest[:4]) + (f' and {len(rest) - 4} others' if len(rest) > 4 else '')
-        also = f"{'Also possible' if said else 'Possible'}, without a published number: {more}." if more else ''
+        also = f"{'Also possible' if said else 'Possible'}, not measured in every study: {more}." if more else ''
         out.append(f'{words}\n\n:   ' + ' '.join([*(['; '.join(said) + '.'] if said else []), also]).strip())
     return '\n\n'.join(out)
 
@@ -167,9 +171,9 @@ def study_page(
 )->list[str]:          # Markdown cells
     "Records and figures of a study, method by method."
     records = read_records(folder)
-    first = {r.method: r for r in reversed(records)}
+    first = {r.method: r for r in reversed(chosen(records))}
     out = [f'# Study {study}: method by method\n\n> What each method made of the experts, task after task',
-           f"{trust({study: records})}\n\nFigures show the first seed and order. The record beside them holds every number, "
+           f"{trust({study: records})}\n\nEvery method with its chosen setting; figures show the first seed and order. The record beside them holds every number, "
            "the versions and the fingerprints of what went in."]
     for label, r in sorted(first.items(), key=lambda x: -x[1].metrics['NACC']):
         at = next(p.parent for p in folder.glob('*/seed*-order*/record.json') if p.parent.name == f'seed{r.seed}-order{r.order}'

@@ -581,9 +581,10 @@ def publish(
                          f"run: direction-fusion study {study.name}")
     fresh = to.with_name(f'.part-{to.name}')                  # the old ones go only when the new ones are whole
     shutil.rmtree(fresh, ignore_errors=True)
-    drawn = f'seed{study.seeds[0]}-order{study.orders[0]}' # of a method's many runs, one is kept with its figures
+    drawn = f'seed{study.seeds[0]}-order{study.orders[0]}' # of a setting's many runs, one is kept with its figures
     for d in folders:
-        for f in (d/'record.json', *(d.glob('*.svg') if d.name == drawn else ())): _copy(f, fresh/f.relative_to(study.runs))
+        own = d.glob('*.svg') if d.name == drawn and 'norm=' not in d.parent.name else ()
+        for f in (d/'record.json', *own): _copy(f, fresh/f.relative_to(study.runs))
     for f in study.runs.glob('figures/*.*'):
         if f.suffix != '.png': _copy(f, fresh/f.name)
     for f in study.runs.glob('choices/*.json'): _copy(f, fresh/'choices'/f.name)
