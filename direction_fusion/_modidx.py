@@ -917,6 +917,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'direction_fusion.pages.choices_table': ('pages.html#choices_table', 'direction_fusion/pages.py'),
                                         'direction_fusion.pages.choose_html': ('pages.html#choose_html', 'direction_fusion/pages.py'),
                                         'direction_fusion.pages.published': ('pages.html#published', 'direction_fusion/pages.py'),
+                                        'direction_fusion.pages.published_choices': ( 'pages.html#published_choices',
+                                                                                      'direction_fusion/pages.py'),
                                         'direction_fusion.pages.rule_seconds': ('pages.html#rule_seconds', 'direction_fusion/pages.py'),
                                         'direction_fusion.pages.streams_table': ('pages.html#streams_table', 'direction_fusion/pages.py'),
                                         'direction_fusion.pages.study_page': ('pages.html#study_page', 'direction_fusion/pages.py'),

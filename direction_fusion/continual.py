@@ -65,10 +65,11 @@ def growth_rows(
     parts:int=10,          # pieces of each training part
     uneven:bool=False,     # see `dealt`
     seed:int=0,            # of the experts
-    looks:Sequence[int]=(5, 10, 20, 30, 40, 50), # numbers of experts after which accuracy is measured
+    looks:Sequence[int]=(5, 10, 20, 30, 40, 50), # numbers of experts after which accuracy is measured; the last one too
 )->list[dict]:             # one row per method and look
     "Fold ever more experts: seconds of the last `add`, bytes kept, and validation accuracy of every expert's task."
     b, order = bench(study), dealt(study, parts, uneven)
+    ends = {*looks, len(order)}
     size = len(b.tasks[study.tasks[0]]['train']) // parts
     found = {(n, i): piece(study, n, range(i * size, (i + 1) * size), seed) for n, i in order}
     rows = []
@@ -78,9 +79,9 @@ def growth_rows(
         for t, at in enumerate(order, 1):
             t0 = time.process_time()
             fusion.add(found[at][0], f'{at[0]} {at[1]}')
-            tau = fusion.merged_tau() if fusion.method.kind != 'sequential' or t in looks else None
+            tau = fusion.merged_tau() if fusion.method.kind != 'sequential' or t in ends else None
             spent = time.process_time() - t0
-            if t not in looks: continue
+            if t not in ends: continue
             rows.append(dict(method=spec, uneven=uneven, experts=t, seconds=spent, bytes=kept_bytes(fusion),
                              **_asked(study, tau, [(at, found[at][1]) for at in order[:t]])))
     return rows
