@@ -195,7 +195,7 @@ def advice(
         good, unknown = _best(table[fits(table)], names)
         said = [_kept(r, names) for r in good.to_dict('records')]
         rest = list(dict.fromkeys(unknown.title))
-        more = ', '.join(rest[:4]) + (f' and {len(rest) - 4} others' if len(rest) > 4 else '')
+        more = ', '.join(rest[:4]) + (f' and {len(rest) - 4} other' + 's' * (len(rest) > 5) if len(rest) > 4 else '')
         also = f"{'Also possible' if said else 'Possible'}, not measured in every study: {more}." if more else ''
         out.append(f'{words}\n\n:   ' + ' '.join([*(['; '.join(said) + '.'] if said else []), also]).strip())
     return '\n\n'.join(out)

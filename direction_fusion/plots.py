@@ -311,7 +311,7 @@ def _panel(ax:Axes, groups:Sequence, key:str, offsets:dict)->None: # one column 
     ax.spines['left'].set_visible(False); ax.tick_params(axis='y', length=0)
     ax.margins(x=.08); ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if not any(np.isfinite(l.get_xdata()).all() for l in ax.lines[:2 * len(groups):2]): ax.set_xlim(-1, 1) # one task
-    _words(ax, '', f'{name} ({unit})\n' + ('better →' if better == '→' else '← better'))
+    _words(ax, '', f'{name}\n({unit}) ' + ('better →' if better == '→' else '← better'))
 
 # %% ../nbs/13_plots.ipynb #ee354c61
 def plot_compare(
@@ -325,7 +325,8 @@ def plot_compare(
         if p not in METRICS: raise ValueError(f"unknown panel {p!r}; choose from {', '.join(METRICS)}")
     if ax is not None and len(ax) != len(panels):
         raise ValueError(f"`ax` must hold {len(panels)} axes, one a panel, got {len(ax)}")
-    axes = np.atleast_1d(_axes(ax, 1.5 + 1.5 * len(panels), .22 * len(groups) + .9, ncols=len(panels), sharey=True) if ax is None
+    wide = 1. + .05 * max(len(g[0].title) for g in groups) + 1.4 * len(panels)
+    axes = np.atleast_1d(_axes(ax, wide, .22 * len(groups) + .9, ncols=len(panels), sharey=True) if ax is None
                          else _axes(np.array(ax), 0, 0))
     runs = sorted({(r.seed, r.order) for r in records})
     offsets = dict(zip(runs, np.linspace(-.25, .25, len(runs))))
