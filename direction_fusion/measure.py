@@ -51,7 +51,7 @@ def anonymous(
     return total
 
 # %% ../nbs/31_measure.ipynb #e37c2a4c
-_FREE = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS' # each program decides for itself
+_FREE = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'PYTHONDONTWRITEBYTECODE' # each decides for itself
 
 def run_once(
     command:Sequence[str] # program and arguments

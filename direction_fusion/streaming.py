@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['chunked', 'delta_rows', 'delta_whole', 'scratch', 'gram_rows', 'kth_change', 'least_kept', 'scan_parameter',
-           'survey_model', 'delta_tasks', 'fitted', 'linear_rows', 'ties_rows', 'direct', 'direct_tasks', 'stream',
-           'collect', 'request_key', 'input_digests', 'open_models', 'arrange', 'fuse_checkpoints', 'merged_deltas',
-           'fuse_recipe']
+           'survey_model', 'delta_tasks', 'fitted', 'linear_rows', 'ties_rows', 'direct', 'worthwhile', 'direct_tasks',
+           'stream', 'collect', 'request_key', 'input_digests', 'open_models', 'arrange', 'fuse_checkpoints',
+           'merged_deltas', 'fuse_recipe']
 
 # %% ../nbs/25_streaming.ipynb #c0546e02
 import errno
@@ -338,6 +338,15 @@ def direct(
     return form, partial(linear_rows, request)
 
 # %% ../nbs/25_streaming.ipynb #35463487
+def worthwhile(
+    request:Request, # the request
+    threads:int=0,   # as asked for; 0: as many as pay
+    least:int=2**16  # bytes of a parameter, on average, from which several threads pay
+)->int:              # threads
+    "How many threads help where rows are made directly: a single one if parameters are small, since Python takes turns."
+    sizes = [request.base.meta[k].nbytes for k in request.moving]
+    return threads or (1 if sum(sizes) < least * len(sizes) else n_cores())
+
 def direct_tasks(
     request:Request, way:tuple, # the request, and of `direct`
     put:Callable, finish:Callable, # (k, i, rows): rows of the result; (k): all of them
@@ -376,9 +385,9 @@ def stream(
         for name in (k, *also.get(k, ())): finish(name)
     def rounded(k, i, delta, b, deltas=None): put(k, i, fitted(b.double().add_(delta), request.out_dtype(k), k))
     library(sum(math.prod(request.base.meta[k].shape) for k in request.moving))
-    survey = survey_model(request, threads)
-    if way := direct(request, survey):
-        run_all(direct_tasks(request, way, put, ended, done, bool(request.method.scan) and survey is None), threads, advance)
+    if way := direct(request, survey := survey_model(request, threads)):
+        run_all(direct_tasks(request, way, put, ended, done, bool(request.method.scan) and survey is None),
+                worthwhile(request, threads), advance)
     elif not request.method.rescale:
         run_all(delta_tasks(request, rounded, ended, survey, done), threads, advance)
     else:
