@@ -117,12 +117,16 @@ def removal_rows(
     return rows
 
 # %% ../nbs/18a_continual.ipynb #a269ab41
+def _cosine(x:Mapping, y:Mapping)->float: # of two task vectors, or parts of them
+    dot = lambda a, b: sum(float((a[k].double() * b[k].double()).sum()) for k in a)
+    return dot(x, y) / (dot(x, x) * dot(y, y)) ** .5
+
 def conflict_rows(
     study:Study,         # with one shared head
     task:str,            # whose opposite joins
     specs:Sequence[str], # methods
     seed:int=0,          # of the experts
-)->list[dict]:           # one row per method: cosine of the two, accuracies on the task and, before and after, on the others
+)->list[dict]:           # one row per method: cosines, accuracies on the task and, before and after, on the others
     "All experts of a study, and one that contradicts one of them."
     if study.heads != 'shared': raise ValueError(f"study {study.name!r} has heads of its own for every task; nothing contradicts")
     base, roles = start(study, seed)
@@ -130,7 +134,8 @@ def conflict_rows(
     ex = {n: join(*load_expert(expert(study, n, seed))[:2]) for n in study.tasks}
     against = join(*piece(study, task, range(len(bench(study).tasks[task]['train'])), seed, flip=True))
     one, two = task_vector(base, ex[task]), task_vector(base, against)
-    cosine = sum(float((one[k].double() * two[k].double()).sum()) for k in one) / (one.norm() * two.norm())
+    heads = [{k: t[k] for k in t if k.startswith('head.')} for t in (one, two)]
+    angles = dict(cosine=_cosine(one, two), head_cosine=_cosine(*heads))
     rows = []
     for spec in specs:
         method, params = parse_method(spec)
@@ -140,7 +145,7 @@ def conflict_rows(
         fusion.add(against, 'against')
         after = _shared(study, apply_tau(base, fusion.merged_tau()))
         mean = lambda found: float(np.mean([v for n, v in found.items() if n != task]))
-        rows.append(dict(method=spec, task=task, seed=seed, cosine=cosine, task_before=before[task], task_after=after[task],
+        rows.append(dict(method=spec, task=task, seed=seed, **angles, task_before=before[task], task_after=after[task],
                          others_before=mean(before), others_after=mean(after)))
     return rows
 

@@ -30,6 +30,7 @@ from .geometry import _sti, thin_svd
 from .methods import Method
 from .request import CHUNK, Request, make_request, n_cores, one_thread, read_deltas, row_ranges, run_all
 from .streaming import chunked
+from .vocabulary import head_parameters
 
 # %% ../nbs/27_inspect.ipynb #e6c702cb
 def group_of(k:str)->str: # the name without its numbers
@@ -330,6 +331,24 @@ def _warnings(experts:Sequence[str], total:Sums, found:Sequence[dict], loud:Mapp
                    + f" ({d['detail']})")
     return out
 
+# %% ../nbs/27_inspect.ipynb #cf56026c
+def _quarrels(base:Checkpoint, experts:Sequence[Checkpoint], most:int=2**24)->list[str]: # heads of at most so many numbers
+    "Pairs of experts whose heads name the same labels and point against each other."
+    def rows(e, k): # what the head learnt, as far as the base tells, less what its rows share
+        start = base[k].double() if k in base and base.meta[k].shape == e.meta[k].shape else 0
+        x = e[k].double() - start
+        return x - x.mean(0) if len(x) > 1 else x
+    out = []
+    for a, b in combinations(experts, 2):
+        if _labels(a) != _labels(b): continue
+        for k in (k for k in head_parameters(a) if len(a.meta[k].shape) == 2 and math.prod(a.meta[k].shape) <= most):
+            if k not in b or a.meta[k].shape != b.meta[k].shape: continue
+            x, y = rows(a, k), rows(b, k)
+            c = float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-300))
+            if c <= CONFLICT: out.append(f"{a.name} and {b.name} answer against each other in {k!r} (cosine {c:.2f}): one head "
+                                         "cannot serve both; keep heads apart, or see whether their labels are in one order")
+    return out
+
 # %% ../nbs/27_inspect.ipynb #31bc89ca
 def _pairs_of(M:Tensor)->list[float]: return M[*torch.triu_indices(len(M), len(M), 1)].tolist() # above the diagonal
 
@@ -407,7 +426,7 @@ def inspect_checkpoints(
         pd.DataFrame({x: (s.norms / s.base ** .5).tolist() for x, s in of.items()}, names).T, pd.DataFrame(pairs),
         pd.DataFrame(total.cosines.tolist(), names, names), pd.DataFrame(rows), pd.DataFrame(found),
         estimate(request, measure_rates(request), threads) if request else {},
-        _warnings(names, total, found, loud) + warnings, facts)
+        _warnings(names, total, found, loud) + _quarrels(base, experts) + warnings, facts)
 
 # %% ../nbs/27_inspect.ipynb #33c466bc
 def _number(x)->str: # for a table; nothing where there is no number
