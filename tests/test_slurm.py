@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_study import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT/'tests'/'slurm'/'cluster.sh'
@@ -19,30 +20,7 @@ PROGRAMS = 'munged', 'slurmctld', 'slurmd', 'sbatch', 'srun', 'squeue', 'scancel
 MISSING = [p for p in PROGRAMS if shutil.which(p) is None]
 needs_slurm = pytest.mark.skipif(bool(MISSING), reason=f"SLURM is not installed: no {', '.join(MISSING)} on the PATH "
                                                        "(Debian: apt-get install slurm-wlm munge)")
-SETTINGS = '''
-[DEFAULT]
-model = tiny-vit
-train_size = 60
-val_size = 20
-test_size = 30
-data_seed = 0
-lr = 2e-3
-head_lr = 1e-2
-epochs = 2
-batch_size = 16
-weight_decay = 0.01
-warmup = 0.1
-freeze =
-max_tokens = 8
-precision = float32
-threads = 1
-seeds = 0
-orders = 0, 1
-workers = 2
-tracking = none
-evaluate = seen
-stat_examples = 16
-
+SETTINGS = TINY.replace('orders = 0\n', 'orders = 0, 1\n').replace('workers = 1\n', 'workers = 2\n') + '''
 [least]
 tasks = digits:0-1, digits:2-3
 methods = soft_soup, opcm
