@@ -195,6 +195,7 @@ CASES |= dict(
     task_arithmetic_svc=dict(ours="merge('task_arithmetic_svc')", fusion_bench='svc(base, W, base + .3 * sum(D), .1)'),
     regmean=dict(ours="merge('regmean', given='deltas', stats=[{'covariance': c} for c in C])", statistics='covariance',
                  fusion_bench="merging_with_regmean_weights({'l.weight': D}, [{'l': c} for c in C], .9)['l.weight']"),
+    dora_inputs=dict(ours="merge('dora_inputs', given='deltas', stats=[{'covariance': c} for c in C])", statistics='covariance'),
     fisher=dict(ours="merge('fisher', given='deltas', stats=[{'fisher': f} for f in F])", statistics='fisher'))
 CASES |= {name: dict(ours=f"merge('{name}', given='deltas')") for name in (
     'orthogonal_deltas', 'orthogonal_model', 'orthogonal_symmetric', 'orthogonal_subspace', 'dora_polar', 'dora', 'nufilt',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAGNITUDES', 'polar', 'slerp_rows', 'karcher_rows', 'polar_add', 'polar_merged', 'polar_joint', 'input_proxy',
-           'align_add', 'align_remove', 'align_merged']
+           'align_add', 'align_remove', 'align_add_inputs', 'align_remove_inputs', 'align_merged']
 
 # %% ../nbs/04_dora.ipynb #ea6dcd19
 import torch
@@ -118,22 +118,30 @@ def input_proxy(
     return C / C.trace()
 
 # %% ../nbs/04_dora.ipynb #73a3f399
+def _longest(delta): # spectral norm as a float64 scalar, from the smaller Gram matrix
+    size = delta.norm()
+    if size == 0: return torch.zeros((), dtype=torch.float64, device=delta.device)
+    u = delta / size
+    return torch.linalg.eigvalsh(u @ u.mT if len(u) < u.shape[1] else u.mT @ u)[-1].clamp_min(0).double().sqrt() * size.double()
+
+# %% ../nbs/04_dora.ipynb #9c5fc2fa
 def align_add(
-    state:dict,               # running sums `DC` (d_out, d_in), `C` (d_in, d_in), `D` (d_out, d_in)
+    state:dict,               # running sums `DC` (d_out, d_in), `C` (d_in, d_in), `D` (d_out, d_in), `longest` (), `weight`
     delta:Tensor,             # (d_out, d_in) delta of the new expert
     p:float=1.,               # spectral power of the proxy; not used with a measured covariance
     covariance:Tensor|None=None, # (d_in, d_in) measured E[xxᵀ] of the expert's inputs, in place of the proxy
     sign:float=1.             # −1 takes the expert out again
 )->dict:                      # the next state
-    "ΣΔ_tC_t, ΣC_t, ΣΔ_t."
+    "ΣΔ_tC_t, ΣC_t, ΣΔ_t, Σ‖Δ_t‖₂ and T."
     m, n = delta.shape
     DC, C, D = (state[k] for k in ('DC', 'C', 'D')) if state else (delta.new_zeros(s) for s in ((m, n), (n, n), (m, n)))
     D, size = torch.add(D, delta, alpha=sign), float(delta.norm())
+    rest = dict(D=D, longest=sign * _longest(delta) + state.get('longest', 0), weight=state.get('weight', 0.) + sign)
     if covariance is None and p == 1 and m < n and size > 0: # ΔC = (ΔΔᵀ)Δ/‖Δ‖², and C is added without being formed
         u = delta / size
-        return dict(DC=torch.addmm(DC, u @ u.mT, u, alpha=sign * size), C=torch.addmm(C, u.mT, u, alpha=sign), D=D)
+        return dict(DC=torch.addmm(DC, u @ u.mT, u, alpha=sign * size), C=torch.addmm(C, u.mT, u, alpha=sign)) | rest
     Ct = input_proxy(delta, p) if covariance is None else covariance / covariance.trace()
-    return dict(DC=torch.addmm(DC, delta, Ct, alpha=sign), C=torch.add(C, Ct, alpha=sign), D=D)
+    return dict(DC=torch.addmm(DC, delta, Ct, alpha=sign), C=torch.add(C, Ct, alpha=sign)) | rest
 
 def align_remove(
     state:dict,               # running sums
@@ -144,19 +152,63 @@ def align_remove(
     "Subtracts an expert's terms."
     return align_add(state, delta, p, covariance, -1.)
 
+# %% ../nbs/04_dora.ipynb #a584fb6a
+def _mixed(delta, p, beta, covariance): # what stands for the inputs; None: the proxy alone
+    if not 0 <= beta <= 1: raise ValueError(f"`beta` must be in [0, 1], got {beta}")
+    if covariance is None or beta == 0: return None
+    if covariance.shape != (want := (delta.shape[1],) * 2):
+        raise ValueError(f"`covariance` must have shape {want}, got {tuple(covariance.shape)}")
+    size = float(covariance.trace())
+    if not 0 <= size < float('inf'): raise ValueError(f"`covariance` must be finite, with a trace of 0 or more, got {size}")
+    if size == 0: return None                          # its inputs were all zero: they say nothing
+    return torch.lerp(input_proxy(delta, p), (covariance / size).to(delta.dtype), beta)
+
+# %% ../nbs/04_dora.ipynb #34c5b0ba
+def align_add_inputs(
+    state:dict,              # running sums, as in `align_add`
+    delta:Tensor,            # (d_out, d_in) delta of the new expert
+    covariance:Tensor|None=None, # (d_in, d_in) measured E[xxᵀ] of the expert's inputs; None: the proxy alone
+    p:float=1.,              # spectral power of the proxy
+    beta:float=.5            # β in [0, 1]: share of the measured covariance beside the proxy
+)->dict:                     # the next state
+    "ΣΔ_tC_t, ΣC_t, ΣΔ_t with C_t = (1 − β)·proxy + β·measured, each with unit trace."
+    return align_add(state, delta, p, _mixed(delta, p, beta, covariance))
+
+def align_remove_inputs(
+    state:dict,              # running sums
+    delta:Tensor,            # (d_out, d_in) delta of an expert that was added before
+    covariance:Tensor|None=None, # as it was added
+    p:float=1.,              # as it was added
+    beta:float=.5            # as it was added
+)->dict:                     # the state without it, up to rounding
+    "Subtracts an expert's terms."
+    return align_remove(state, delta, p, _mixed(delta, p, beta, covariance))
+
 # %% ../nbs/04_dora.ipynb #a5de770b
+def _lowered(X, bound): # singular values above `bound` cut down to it; X itself where there are none
+    wide = len(X) < X.shape[1]
+    s, V = torch.linalg.eigh(X @ X.mT if wide else X.mT @ X)
+    s = s.clamp_min(0).sqrt()
+    if not (over := s > bound * (1 + 1e-6)).any(): return X
+    V, cut = V[:, over], 1 - bound / s[over]
+    return X - ((V * cut) @ (V.mT @ X) if wide else (X @ V * cut) @ V.mT)
+
+# %% ../nbs/04_dora.ipynb #a2b451be
 def align_merged(
-    state:dict,    # running sums
-    rho:float=.03, # ridge ρ ≥ 0, relative to the mean eigenvalue of ΣC_t
-    lam:float=.3   # λ: the ridge pulls to λΣΔ_t
-)->Tensor:         # (d_out, d_in) merged delta
-    "(ΣΔ_tC_t + ρ'λΣΔ_t)(ΣC_t + ρ'I)⁻¹ with ρ' = ρ·tr(ΣC_t)/d_in; for ρ = 0 the solution of least norm."
+    state:dict,      # running sums
+    rho:float=.03,   # ridge ρ ≥ 0, relative to the mean eigenvalue of ΣC_t
+    lam:float=.3,    # λ: the ridge pulls to λΣΔ_t
+    ceiling:float=1. # κ ≥ 0: longest singular value of the result, relative to the mean of the experts' longest; inf: none
+)->Tensor:           # (d_out, d_in) merged delta
+    "(ΣΔ_tC_t + ρ'λΣΔ_t)(ΣC_t + ρ'I)⁻¹ with ρ' = ρ·tr(ΣC_t)/d_in, for ρ = 0 the solution of least norm; then the ceiling."
     if not rho >= 0: raise ValueError(f"`rho` must be at least 0, got {rho}")
+    if not ceiling >= 0: raise ValueError(f"`ceiling` must be at least 0, got {ceiling}")
     DC, C, D = (state[k].double() for k in ('DC', 'C', 'D'))
     r = rho * C.trace() / len(C)
-    rounding = torch.finfo(state['C'].dtype).eps
-    if r == 0: return (DC @ torch.linalg.pinv(C, hermitian=True, rtol=len(C) * rounding)).to(state['D'].dtype)
-    A, B = C + r * torch.eye(len(C), dtype=C.dtype, device=C.device), torch.add(DC, D, alpha=float(r) * lam)
-    L, failed = torch.linalg.cholesky_ex(A)
-    X = torch.linalg.solve(A, B, left=False) if failed else torch.cholesky_solve(B.mT, L).mT
+    if r == 0: X = DC @ torch.linalg.pinv(C, hermitian=True, rtol=len(C) * torch.finfo(state['C'].dtype).eps)
+    else:
+        A, B = C + r * torch.eye(len(C), dtype=C.dtype, device=C.device), torch.add(DC, D, alpha=float(r) * lam)
+        L, failed = torch.linalg.cholesky_ex(A)
+        X = torch.linalg.solve(A, B, left=False) if failed else torch.cholesky_solve(B.mT, L).mT
+    if ceiling < float('inf') and 'longest' in state: X = _lowered(X, ceiling * state['longest'] / state['weight'])
     return X.to(state['D'].dtype)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from torch import Tensor
 from .calibrated import do_merging, fisher_merging, regmean, widen
-from .dora import MAGNITUDES, align_add, align_merged, align_remove, polar_add, polar_joint, polar_merged
+from .dora import (MAGNITUDES, align_add, align_add_inputs, align_merged, align_remove, align_remove_inputs,
+                                   polar_add, polar_joint, polar_merged)
 from .orthogonal import (GRAINS, LOWDIN_GRAINS, SIDES, gram_survey, lowdin, lowdin_survey, norm_rescale, opcm_add,
                                          opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, subspace_add)
 from .soup import (ON, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, slerp_linear,
@@ -214,7 +215,15 @@ METHODS |= dict(
     dora=Method(
         'DoRA', 'dora', 'this project; proxy: arXiv:2503.08099; closed form: RegMean, arXiv:2212.09849, eq. 2',
         add=align_add, merged=align_merged, remove=align_remove, linear_only=True, cost='T·(d_out·d_in·min + min³) + d_in³',
-        ranges=dict(p=(1e-3, 10), rho=_positive, lam=_any), grid=dict(p=[.5, .75, 1.], rho=[.03, .3, 3.])))
+        ranges=dict(p=(1e-3, 10), rho=_positive, lam=_any, ceiling=_positive),
+        grid=dict(ceiling=[.7, 1.4, 2.8], rho=[.03, .3, 3.])),
+    dora_inputs=Method(
+        'DoRA, inputs', 'dora', 'as DoRA; measured covariance: RegMean, arXiv:2212.09849, eq. 2; the mixture: this project',
+        add=align_add_inputs, merged=align_merged, remove=align_remove_inputs, needs='covariance', linear_only=True,
+        cost='T·(d_out·d_in·min + min³) + d_in³',
+        ranges=dict(p=(1e-3, 10), rho=_positive, lam=_any, ceiling=_positive, beta=_share),
+        grid=dict(beta=[.25, .5, .75], ceiling=[.7, 1.4, 2.8]),
+        variant='a parameter that was not measured is taken by its proxy'))
 
 # %% ../nbs/08_methods.ipynb #8d8ca6a6
 METHODS |= dict(
@@ -274,7 +283,7 @@ METHODS |= dict(
         'WUDI', 'spectral', 'Cheng et al. 2025, arXiv:2503.08099', rule=wudi, linear_only=True, cost='(T + steps)·d_out·d_in²',
         ranges=dict(steps=(0, 100_000), lr=_positive, lam=_any),
         grid=dict(lr=[3e-6, 1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3]), published=dict(steps=300, lr=1e-5),
-        variant='the published optimiser; its minimum in closed form is dora with p=1, rho=0'))
+        variant='the published optimiser; its minimum in closed form is dora with p=1, rho=0, ceiling=inf'))
 
 # %% ../nbs/08_methods.ipynb #3ec3ade3
 METHODS |= dict(

@@ -270,13 +270,14 @@ def test_changes_of_basis(name):
         Q, P = (torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))[0] for d in (n, m))
         Q, P = Q if side in ('both', 'left') else torch.eye(n).double(), P if side in ('both', 'right') else torch.eye(m).double()
         turn = lambda sd: {k: Q @ v @ P for k, v in sd.items()}
-        got = run(name, turn(base), [turn(e) for e in experts], stats)
+        seen = stats if name != 'dora_inputs' else [{'covariance': {k: P.mT @ C.double() @ P for k, C in s['covariance'].items()}} for s in stats]
+        got = run(name, turn(base), [turn(e) for e in experts], seen) # inputs are turned with the experts, where the rule sees them as such
         assert_close(got, turn(run(name, base, experts, stats)), rtol=1e-6, atol=1e-8)
 
 
 # One expert, copies of one, none that moved
 
-ALONE = dict(dora=dict(rho=0.), dora_polar={}, dora_polar_joint={}, regmean={}, regmean_pp={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
+ALONE = dict(dora=dict(rho=0.), dora_inputs=dict(rho=0.), dora_polar={}, dora_polar_joint={}, regmean={}, regmean_pp={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
 COPIES = ALONE | dict(widen=None, opcm=None)                                                          # T copies
 SUMS = 'orthogonal_deltas', 'orthogonal_subspace', 'orthogonal_model', 'orthogonal_symmetric', 'tsv_m', 'magmax', 'task_arithmetic'
 
@@ -307,8 +308,8 @@ def test_experts_that_did_not_move_give_the_base(name, dtype):
     for T in {1, most(name)}: assert_close(run(name, base, [base] * T), base, **rounding)
 
 
-NOT_A_SCALE = ('dora',       # its λ scales what the ridge pulls to
-               'orthomerge') # and this one what is left beside the rotation
+NOT_A_SCALE = ('dora', 'dora_inputs', # its λ scales what the ridge pulls to
+               'orthomerge')          # and this one what is left beside the rotation
 
 
 @every
