@@ -22,8 +22,8 @@ from .soup import (ON, gram_scan, greedy_soup, karcher, model_stock, multislerp,
                                    soup_add, soup_merged, soup_remove, sum_add, sum_merged, sum_remove)
 from .sparse import (COMBINE, RESCALE, SCOPES, WEIGH, breadcrumbs, dare, della, magmax_add, magmax_merged, sce,
                                      ties, ties_scan, ties_survey)
-from .spectral import (delta_sum, dop_add, iso_c, iso_cts, knots, nufilt_add, orthomerge, spectral_merged, tsv_m,
-                                       with_svc, wudi)
+from .spectral import (delta_sum, dop_add, iso_c, iso_cts, knots, nufilt_add, orthomerge_add, orthomerge_merged,
+                                       orthomerge_remove, spectral_merged, tsv_m, with_svc, wudi)
 
 # %% ../nbs/08_methods.ipynb #e1548952
 SLOTS = ('state', 'delta', 'deltas', 'taus', 'base', 'role', 'weight', 'weights', 'generator', 'score', 'survey', 'scan',
@@ -288,9 +288,11 @@ METHODS |= dict(
 # %% ../nbs/08_methods.ipynb #3ec3ade3
 METHODS |= dict(
     orthomerge=Method(
-        'OrthoMerge', 'spectral', 'Yang, Shi and Liu 2026, arXiv:2602.05943', rule=orthomerge, linear_only=True, cost='T·d_in³',
+        'OrthoMerge', 'spectral', 'Yang, Shi and Liu 2026, arXiv:2602.05943', add=orthomerge_add,
+        merged=orthomerge_merged, remove=orthomerge_remove, linear_only=True, cost='T·d_in³',
         ranges=dict(lam=_any), grid=_SUM, published=dict(lam=.2),
-        variant='rests by task arithmetic; conflict=True rotates towards conflicting rows only'),
+        variant='all rows are rotated, rests by task arithmetic; rotating towards conflicting rows only is joint: '
+                '`orthomerge(…, conflict=True)`'),
     task_arithmetic_svc=Method(
         'Task arithmetic + SVC', 'spectral', 'Li et al. 2026, arXiv:2602.05536, eqs. 4–8', rule=with_svc(delta_sum),
         linear_only=True, cost='T·d_out·d_in·min', ranges=dict(lam=_positive, svc_alpha=_positive), grid=_SUM,

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['leading', 'polar_factor', 'tsv_m', 'iso_c', 'cts_split', 'iso_cts', 'knots_basis', 'knots', 'wudi_objective', 'wudi',
            'sylvester', 'dop_pair', 'dop_add', 'spectral_merged', 'nufilt_add', 'procrustes_rotation', 'cayley_inverse',
-           'cayley', 'orthomerge', 'svc', 'delta_sum', 'with_svc']
+           'cayley', 'rotation', 'orthomerge_add', 'orthomerge_remove', 'orthomerge_merged', 'orthomerge', 'svc',
+           'delta_sum', 'with_svc']
 
 # %% ../nbs/06_spectral.ipynb #ab537970
 import functools
@@ -60,6 +61,7 @@ def tsv_m(
     lam:float=1.   # scale of the merged delta
 )->Tensor:         # (d_out, d_in) merged delta
     "λ·polar(Û) Σ̂ polar(V̂)ᵀ with ⌊n/T⌋ triplets of each task, at least one (arXiv:2412.00081, algorithm 1)."
+    if len(deltas) == 1: return lam * deltas[0]            # all n triplets of it
     k = max(min(deltas.shape[1:]) // len(deltas), 1)
     U, S, Vh = zip(*(leading(d, k) for d in deltas))
     return lam * (polar_factor(torch.cat(U, 1)) * torch.cat(S)) @ polar_factor(torch.cat(Vh))
@@ -133,10 +135,10 @@ def wudi(
     lam:float=1.   # scale of the merged delta; the paper has none
 )->Tensor:         # (d_out, d_in) merged delta
     "Adam on Σ ‖(M − Δ_t)Δ_tᵀ‖²/‖Δ_t‖² from M = ΣΔ_t (arXiv:2503.08099)."
-    units = [d / d.norm() for d in deltas if d.any()]      # an expert that did not move has no inputs
-    if not units: return torch.zeros_like(deltas[0])
-    A = sum(u.mT @ u for u in units)
-    B = sum(d @ (u.mT @ u) for d, u in zip([d for d in deltas if d.any()], units))
+    ds = [d for d in deltas if d.any()]                    # an expert that did not move has no inputs
+    if len(ds) < 2: return lam * deltas.sum(0)             # one alone is its own minimum
+    units = [d / d.norm() for d in ds]
+    A, B = sum(u.mT @ u for u in units), sum(d @ (u.mT @ u) for d, u in zip(ds, units))
     M = torch.nn.Parameter(deltas.sum(0))
     adam, M.grad = torch.optim.Adam([M], lr=lr, fused=True), torch.empty_like(B)
     for _ in range(steps):
@@ -249,29 +251,63 @@ def cayley(
     I = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)
     return torch.linalg.solve(I - Q, I + Q)
 
+def rotation(
+    delta:Tensor, # (d_out, d_in) delta of an expert
+    base:Tensor   # (d_out, d_in) base weight
+)->tuple[Tensor, Tensor]: # Q (d_in, d_in) and W_0R − W_0 (d_out, d_in), float64; both zero for half a turn, which has no Q
+    "Rotation of the base that comes nearest to an expert, under the Cayley map, and what it changes."
+    W0, d = base.double(), delta.double()
+    Z = _room(W0, W0 + d)
+    B, D = (W0, d) if Z is None else (W0 @ Z, d @ Z)       # in the directions that are read
+    R = _procrustes(B.mT @ (B + D))
+    Q = cayley_inverse(R)
+    turned = B @ R - B if Q.any() else 0 * B
+    return (Q, turned) if Z is None else (Z @ Q @ Z.mT, turned @ Z.mT)
+
+# %% ../nbs/06_spectral.ipynb #5c1f0a7e
+def _rotated(state, delta, Q, turned, sign=1.): # the sums, with one expert more or less
+    new = dict(Q=Q, rest=delta.double() - turned, norms=Q.norm())
+    return {k: state.get(k, 0) + sign * v for k, v in new.items()} | dict(weight=state.get('weight', 0.) + sign)
+
+def orthomerge_add(
+    state:dict,   # running sums, float64: `Q` (d_in, d_in), `rest` (d_out, d_in), `norms` (), and `weight`, the experts
+    delta:Tensor, # (d_out, d_in) delta of the new expert
+    base:Tensor   # (d_out, d_in) base weight
+)->dict:          # the next state
+    "ΣQ_t, ΣE_t, Σ‖Q_t‖ and T."
+    return _rotated(state, delta, *rotation(delta, base))
+
+def orthomerge_remove(
+    state:dict,   # running sums
+    delta:Tensor, # (d_out, d_in) delta of an expert that was added before
+    base:Tensor   # (d_out, d_in) base weight
+)->dict:          # the state without it, up to rounding
+    "Subtracts an expert's terms."
+    return _rotated(state, delta, *rotation(delta, base), -1.)
+
+def orthomerge_merged(
+    state:dict,   # running sums
+    base:Tensor,  # (d_out, d_in) base weight
+    lam:float=.2  # scale of the sum of the rests
+)->Tensor:        # (d_out, d_in) merged delta
+    "W_0R + λΣE_t − W_0 with R the mean rotation (arXiv:2602.05943)."
+    W0, norm = base.double(), state['Q'].norm()
+    Q = state['Q'] * (state['norms'] / state['weight'] / norm if norm > 1e-8 else 0.)
+    I = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)
+    turned = 2 * (torch.linalg.solve(I - Q, W0, left=False) - W0) # because (I − Q)⁻¹(I + Q) = 2(I − Q)⁻¹ − I
+    return (turned + lam * state['rest']).to(base.dtype)
+
 def orthomerge(
     deltas:Tensor,       # (T, d_out, d_in)
     base:Tensor,         # (d_out, d_in) base weight
     lam:float=.2,        # scale of the sum of the rests
     conflict:bool=False  # rotate only towards rows that point against the mean delta
 )->Tensor:               # (d_out, d_in) merged delta
-    "W_0R + λΣ(W_t − W_0R_t) − W_0 with R the mean rotation (arXiv:2602.05943)."
-    W0, ds = base.double(), deltas.double()
-    against = ((ds * ds.mean(0)).sum(2, keepdim=True) < 0) if conflict else torch.ones_like(ds[..., :1])
-    total, norms, rests = W0.new_zeros(W0.shape[1], W0.shape[1]), [], torch.zeros_like(W0)
-    for d, a in zip(ds, against):
-        Z = _room(W0, W0 + d * a)
-        B, D = (W0, d * a) if Z is None else (W0 @ Z, d * a @ Z)        # in the directions that are read
-        R = _procrustes(B.mT @ (B + D))
-        Q = cayley_inverse(R)
-        norms.append(Q.norm())
-        turned = B @ R - B if norms[-1] > 0 else 0 * B                  # a half turn has no Q: all of it is rest
-        total += Q if Z is None else Z @ Q @ Z.mT
-        rests += d - (turned if Z is None else turned @ Z.mT)
-    norm = total.norm()
-    Q = total * (torch.stack(norms).mean() / norm if norm > 1e-8 else 0.)
-    I = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)
-    return (torch.linalg.solve(I - Q, W0, left=False) @ (I + Q) + lam * rests - W0).to(deltas.dtype)
+    "The same at once, which is what `conflict` needs."
+    against = (deltas * deltas.mean(0)).sum(2, keepdim=True) < 0 if conflict else torch.ones_like(deltas[..., :1])
+    state = {}
+    for d, a in zip(deltas, against): state = _rotated(state, d, *rotation(d * a, base))
+    return orthomerge_merged(state, base, lam).to(deltas.dtype)
 
 # %% ../nbs/06_spectral.ipynb #d064d49e
 def svc(
