@@ -42,6 +42,7 @@ def study(
     methods:Annotated[str|None, typer.Option(help="only these, e.g. 'soft_soup,dora(rho=1.0)'")]=None,
     seeds:Annotated[str|None, typer.Option(help="seeds of the experts, e.g. '0,1,2'")]=None,
     orders:Annotated[str|None, typer.Option(help="task orders, e.g. '0,1'")]=None,
+    evaluate:Annotated[str|None, typer.Option(help='seen, next or all after each merge; last: at the end alone')]=None,
     workers:Annotated[int|None, typer.Option(help='processes side by side; 0: one per core')]=None,
     executor:Annotated[str|None, typer.Option(help='local or slurm')]=None,
     slurm:Annotated[str|None, typer.Option(help="what to ask of it, e.g. 'partition=short, time=60, mem=8G, gpus=1'")]=None,
@@ -51,7 +52,8 @@ def study(
 ):
     "Train the experts of a study, fold every method, draw the figures. What is there already is not done again."
     s = _study(name, tuned, matched, methods=_split(methods) or None, seeds=_numbers('seeds', seeds),
-               orders=_numbers('orders', orders), workers=workers, executor=executor, slurm=slurm, tracking=tracking)
+               orders=_numbers('orders', orders), evaluate=evaluate, workers=workers, executor=executor, slurm=slurm,
+               tracking=tracking)
     from direction_fusion.plots import summary_table
     from direction_fusion.runner import records, run_study
     failed = {n: e for n, e in run_study(s).items() if e is not None}

@@ -166,18 +166,22 @@ CONVENTIONS = { # who reads backward transfer and forgetting how; 'ours' is GEM'
 }
 
 def metrics(
-    R:np.ndarray,               # (T, T) accuracy in [0, 1]; the lower triangle is needed
+    R:np.ndarray,               # (T, T) accuracy in [0, 1]; the lower triangle is needed, or the last row alone
     experts:np.ndarray,         # (T,) accuracy of each expert on its own task, in (0, 1]
     probe:np.ndarray|None=None, # (T,) accuracy of a linear probe on the base; adds FWT
     convention:str='ours',      # key of `CONVENTIONS`: decides BWT and F
-)->dict[str, float]:            # ACC, NACC, BWT, F, PLA, IM, INT, AUC (and FWT); for T = 1 BWT, F, INT and FWT are NaN
+)->dict[str, float]:            # ACC, NACC, BWT, F, PLA, IM, INT, AUC (and FWT); of a last row, or T = 1, some are NaN
     "All headline numbers of one accuracy matrix."
     if convention not in CONVENTIONS:
         raise ValueError(f"`convention` must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
-    R, (over, reading) = check_matrix(R, 'lower'), CONVENTIONS[convention]
-    out = dict(ACC=average_accuracy(R), NACC=normalised_accuracy(R, experts), BWT=backward_transfer(R, over),
-               F=forgetting(R, reading), PLA=plasticity(R, experts), IM=intransigence(R, experts),
-               INT=float(np.nanmean(interference(R))) if len(R) > 1 else np.nan, AUC=area_under_curve(R))
+    R, (over, reading) = check_matrix(R), CONVENTIONS[convention]
+    end = dict(ACC=average_accuracy(R), NACC=normalised_accuracy(R, experts))
+    if len(R) > 1 and np.isnan(R[:-1]).all():
+        return end | dict.fromkeys(('BWT', 'F', 'PLA', 'IM', 'INT', 'AUC', *['FWT'] * (probe is not None)), np.nan)
+    R = check_matrix(R, 'lower')
+    out = end | dict(BWT=backward_transfer(R, over), F=forgetting(R, reading), PLA=plasticity(R, experts),
+                     IM=intransigence(R, experts), INT=float(np.nanmean(interference(R))) if len(R) > 1 else np.nan,
+                     AUC=area_under_curve(R))
     return out if probe is None else out | dict(FWT=forward_transfer(R, probe))
 
 # %% ../nbs/12_metrics.ipynb #4c403570

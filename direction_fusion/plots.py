@@ -207,7 +207,7 @@ def plot_forgetting(
     _count_axis(ax, T)
     _words(ax, record.title, 'tasks merged\n▲ expert   – linear probe', 'accuracy (%)',
            f'Accuracy in percent on each task as tasks are merged by {record.title}. From its own merge to the last: '
-           + '; '.join(f'{t} {R[j, j]:.0f} to {R[-1, j]:.0f}' for j, t in enumerate(record.tasks)) + '.')
+           + '; '.join(f'{t} {R[j, j]:.0f} to {R[-1, j]:.0f}' for j, t in enumerate(record.tasks) if R[j, j] == R[j, j]) + '.')
     _label_ends(ax, T, list(ends.values()), [record.tasks[j] for j in ends], [colors[j] for j in ends])
     return ax
 
@@ -217,12 +217,15 @@ def _levels(records:Sequence, T:int)->tuple[np.ndarray, np.ndarray]: # (T,) expe
     seen = np.arange(1, T + 1)
     return tuple(np.mean([100 * np.cumsum(run[k]) / seen for run in runs.values()], axis=0) for k in (0, 1))
 
+def _whole(records:Sequence)->list: # those that were evaluated after every merge
+    return [r for r in records if np.isfinite(np.asarray(r.R, dtype=float)[np.tril_indices(len(r.R))]).all()]
+
 def plot_learning_curves(
     records:Sequence,  # runs of one study over the same tasks: any methods, seeds and orders
     ax:Axes|None=None, # where to draw; None: a new figure, higher for more methods
 )->Axes:
     "Mean accuracy over the tasks seen after each merge, in percent, one line a method."
-    groups = group_records(records)
+    groups = group_records(whole) if (whole := _whole(records)) else []
     T, steps = len(records[0].R), np.arange(1, len(records[0].R) + 1)
     ax = _axes(ax, 4.6, max(2.4, .14 * len(groups) + .7))
     ends, names, colors = [], [], []
@@ -284,6 +287,7 @@ def common_runs(
 
 def _ends(groups:Sequence, key:str)->np.ndarray: # (M, 2) ends of the 95 % interval of each method's own mean, in percent, or NaN
     def ends(g): # over seeds, orders and examples where all seeds meet all orders; over runs elsewhere
+        if not (g := g if key in ('ACC', 'NACC') else _whole(g)): return np.nan, np.nan
         grid = len({r.seed for r in g}) * len({r.order for r in g}) == len(g)
         if grid and key in LINEAR and all(getattr(r, 'correct', None) and (len(r.R) > 1 or key != 'BWT') for r in g):
             return [x[0] for x in crossed_intervals(*paired_values(g, key)[1:])[1:]]
@@ -304,7 +308,7 @@ def _panel(ax:Axes, groups:Sequence, key:str, offsets:dict)->None: # one column 
     for y, (g, ends) in enumerate(zip(groups, _ends(groups, key))):
         x, style = 100 * np.array([r.metrics.get(key) for r in g], dtype=float), method_style(g[0].method)
         if len(g) > 1: ax.scatter(x, [y + offsets[r.seed, r.order] for r in g], s=6, alpha=.55, lw=0, **style)
-        ax.plot(x.mean(), y, ms=5.5, mew=0, ls='', **style)
+        ax.plot(np.nan if np.isnan(x).all() else np.nanmean(x), y, ms=5.5, mew=0, ls='', **style)
         ax.plot(ends, [y, y], lw=1.2, alpha=.6, color=style['color'], solid_capstyle='butt')
     if unit == 'points': ax.axvline(0, color='#888888', lw=.8, zorder=0)
     ax.grid(axis='y', color=_PALE, lw=.6); ax.set_axisbelow(True)
@@ -419,7 +423,7 @@ def plot_retention(
     ax:Axes|None=None, # where to draw; None: a new figure, higher for more methods
 )->Axes:
     "Share of a task's accuracy on arrival that is left k merges later, in percent, one line a method."
-    groups, T = group_records(records), len(records[0].R)
+    groups, T = group_records(whole) if (whole := _whole(records)) else [], len(records[0].R)
     ax = _axes(ax, 4.6, max(2.4, .14 * len(groups) + .7))
     ends, names, colors = [], [], []
     for i, g in enumerate(groups):

@@ -31,7 +31,7 @@ from .cluster import Cluster, slurm_options
 from .core import atomic_path
 from .methods import METHODS, get_method
 from .plots import common_runs, differences, summary_numbers, summary_table
-from .study import (MEASURED, Record, Study, baseline, bench, chain, check_sources, choose, expert, left_out,
+from .study import (EVALUATE, MEASURED, Record, Study, baseline, bench, chain, check_sources, choose, expert, left_out,
                                     load_study, method_label, method_specs, probe_predictions, read_record, record_path,
                                     run_key, settings, study_params, task_order)
 from .tracking import close, track, tracking_env
@@ -72,7 +72,7 @@ def study_jobs(
     study:Study, # the study
 )->list[Job]:    # in an order that respects what waits for what
     "Experts, chains, methods, and the notebooks that compare them."
-    T, specs, runs = len(study.tasks), method_specs(study), planned(study)
+    T, specs, runs, end = len(study.tasks), method_specs(study), planned(study), study.evaluate == 'last'
     train, test = 3 * study.train_size * study.epochs / 1000, study.test_size / 1000
     base = ('base',) if study.model == 'tiny-vit' else ()  # a base that is made here comes before all
     jobs = [Job(n, _base, (study,), (), T * train) for n in base]
@@ -87,7 +87,7 @@ def study_jobs(
                          (T - 1) * train) for o in study.orders]
     for m, p, s, o in runs:
         kind, name = get_method(m).kind, f'{method_label(m, p)} · seed {s} · order {o}'
-        after, weight = (*_before(study, s, o), *[j.name for j in probes]), test * T * (T + 1) / 2
+        after, weight = (*_before(study, s, o), *[j.name for j in probes]), test * T * (1 if end else (T + 1) / 2)
         if m == 'sequential': after += (f'chain · seed {s} · order {o}',)
         elif kind == 'training':
             after += (f'training of {name}',)
@@ -97,50 +97,44 @@ def study_jobs(
         jobs.append(Job(name, _method, (study, m, p, s, o), after, weight))
     jobs += probes
     methods = tuple(j.name for j in jobs if j.run is _method)
-    jobs += [Job(n, _notebook, (study, n), methods, .1 * T * test) for n in ('compare', 'interference')]
+    jobs += [Job(n, _notebook, (study, n), methods, .1 * T * test) for n in ('compare', 'interference')[:1 if end else 2]]
     leads = {a for j in jobs if j.run is _chain for a in j.after}                    # the longest way goes first
     rank = {_base: 0, _chain: 1, _baseline: 1, _expert: 2, _probe: 3, _method: 4, _notebook: 5}
     return sorted(jobs, key=lambda j: 1 if j.name in leads else rank[j.run])
 
 # %% ../nbs/15_runner.ipynb #0cf1b2b5
-@lru_cache
-def _plain(study:Study)->Study: # as the analysis notebooks load it, so that both share what a process has loaded
-    s, free = load_study(study.name, study.root), ('methods', 'seeds', 'orders', 'workers', 'tracking', 'executor', 'slurm')
-    return s if replace(study, **{k: getattr(s, k) for k in free}) == s else study
-
 @contextlib.contextmanager
 def _clock(spent:dict, kind:str): # adds the seconds of a block
     t0 = time.perf_counter()
     try: yield
     finally: spent[kind] = spent.get(kind, 0.) + time.perf_counter() - t0
 
-def _loaded(study:Study)->tuple[Study, dict]: # the study with model and tasks in memory; seconds that took
-    s, spent = _plain(study), {}
-    with _clock(spent, 'load'): bench(s)
-    return s, spent
+def _loaded(study:Study)->dict: # puts model and tasks into memory; seconds that took
+    spent = {}
+    with _clock(spent, 'load'): bench(study)
+    return spent
 
 # %% ../nbs/15_runner.ipynb #5b9637a9
 def _base(study:Study, tell:Callable)->dict:
     spent = {}
-    with _clock(spent, 'experts'): bench(_plain(study))
+    with _clock(spent, 'experts'): bench(study)
     return spent
 
 def _probe(study:Study, task:str, tell:Callable)->dict:
-    s, spent = _loaded(study)
-    with _clock(spent, 'evaluate'): probe_predictions(s, task)
+    spent = _loaded(study)
+    with _clock(spent, 'evaluate'): probe_predictions(study, task)
     return spent
 
 def _trained(study:Study, make:Callable[[Study], object])->dict:
-    s, spent = _loaded(study)
-    s = replace(s, tracking=study.tracking)
+    spent = _loaded(study)
     with _clock(spent, 'experts'):
-        try: make(s); close(s.tracking)
+        try: make(study); close(study.tracking)
         except Exception as e:
-            if s.tracking == 'none': raise
+            if study.tracking == 'none': raise
             traceback.print_exc()
-            with contextlib.suppress(Exception): close(s.tracking)
-            make(replace(s, tracking='none'))
-            spent['warning'] = f'not tracked by {s.tracking}: {e}'
+            with contextlib.suppress(Exception): close(study.tracking)
+            make(replace(study, tracking='none'))
+            spent['warning'] = f'not tracked by {study.tracking}: {e}'
     return spent
 
 def _expert(study:Study, task:str, seed:int, tell:Callable)->dict:
@@ -155,15 +149,16 @@ def _chain(study:Study, seed:int, order:int, tell:Callable)->dict: return _train
 def _method( # executes nbs/analysis/method.ipynb
     study:Study, method:str, params:Mapping, seed:int, order:int, tell:Callable,
 )->dict:
-    s, spent = _loaded(study)
-    out = record_path(study, method, params, seed, order)
+    spent, out = _loaded(study), record_path(study, method, params, seed, order)
+    enough = EVALUATE[EVALUATE.index(study.evaluate):] # a record that holds more serves as well
     if (out/'record.json').is_file():
-        try:
-            if read_record(out/'record.json').key == run_key(s, method, params, seed, order): return spent
-        except ValueError: pass # cut off or written by an older version: made anew
+        try: found = read_record(out/'record.json').key
+        except ValueError: found = '' # cut off or written by an older version: made anew
+        if found in {run_key(replace(study, evaluate=e), method, params, seed, order) for e in enough}: return spent
         (out/'record.json').unlink()
     what = dict(study=study.name, method=method, params=dict(params), seed=seed, order=order,
                 out=os.path.relpath(out, study.root))
+    if study.evaluate != load_study(study.name, study.root).evaluate: what['evaluate'] = study.evaluate
     with _clock(spent, 'figures'): run_notebook(study.root, 'method', out/'method.ipynb', what, tell)
     record = read_record(out/'record.json')
     spent['fuse'] = min(record.seconds['fuse'], record.seconds['total']) # of a fused model from the cache, what it took then
@@ -458,11 +453,10 @@ def _choices_path(study:Study, method:str, seed:int, order:int)->Path:
     return study.runs/'choices'/f'{method}-seed{seed}-order{order}.json'
 
 def _tune(study:Study, method:str, seed:int, order:int, tell:Callable)->dict: # writes every setting with its validation accuracy
-    s, spent = _loaded(study)
-    path = _choices_path(study, method, seed, order)
-    key = digest('tune', settings(method), run_key(s, method, {}, seed, order))
+    spent, path = _loaded(study), _choices_path(study, method, seed, order)
+    key = digest('tune', settings(method), run_key(study, method, {}, seed, order))
     if path.exists() and json.loads(path.read_text())['key'] == key: return spent
-    with _clock(spent, 'settings'): tried = choose(s, method, seed, order, tell)
+    with _clock(spent, 'settings'): tried = choose(study, method, seed, order, tell)
     with atomic_path(path) as p:
         p.write_text(json.dumps(dict(method=method, seed=seed, order=order, tried=tried, key=key), indent=1) + '\n')
     return spent
@@ -534,7 +528,7 @@ def findings(
 )->str:                       # Markdown
     "Bounds, the two baselines, and the best of each family, in sentences."
     if not records: return 'No records are published yet.'
-    mean = lambda rs, f: 100 * sum(f(r) for r in rs) / len(rs)
+    mean = lambda rs, f: 100 * pd.Series([f(r) for r in rs], dtype=float).mean() # of those that know it
     by = {n: [r for r in records if r.method == n] for n in dict.fromkeys(r.method for r in records)}
     acc, kept, lost = ({n: mean(rs, lambda r: r.metrics[k]) for n, rs in by.items()} for k in ('ACC', 'NACC', 'F'))
     title = {n: rs[0].title for n, rs in by.items()}
@@ -543,8 +537,8 @@ def findings(
     if 'sequential' in by:
         out.append(f"Fine-tuning in sequence ends at {acc['sequential']:.1f} % and forgets {lost['sequential']:.1f} points.")
     fused = sorted((n for n in by if get_method(n.partition('(')[0]).kind != 'training'), key=lambda n: -acc[n])
-    out += [f"{title[n]} keeps {kept[n]:.1f} % of the experts' accuracy ({acc[n]:.1f} %, forgetting {lost[n]:.1f} points)."
-            for n in fused]
+    forgets = lambda n: f', forgetting {lost[n]:.1f} points' if lost[n] == lost[n] else ''
+    out += [f"{title[n]} keeps {kept[n]:.1f} % of the experts' accuracy ({acc[n]:.1f} %{forgets(n)})." for n in fused]
     if below := [title[n] for n in fused if acc[n] < mean(records, lambda r: r.probe.mean())]:
         out.append(f"Below the linear probe, and so worth less than no fine-tuning at all: {', '.join(below)}.")
     return '\n'.join(f'- {x}' for x in out)

@@ -76,7 +76,7 @@ class Study:
     orders:tuple       # which task orders
     workers:int        # processes side by side; 0: one per core
     tracking:str       # 'none', 'wandb' or 'trackio'
-    evaluate:str       # 'seen': on the tasks merged so far; 'next': and on the one to come; 'all'
+    evaluate:str       # after each merge on the tasks 'seen' so far, the 'next' as well, or 'all'; 'last': after the last alone
     stat_examples:int  # unlabelled training examples per task, for methods that measure statistics
     protocol:str='base'  # what an expert is fine-tuned from: 'base', 'previous' expert or 'fused' model so far
     heads:str='own'      # 'own': one per task, never fused; 'joined': all of them answer at once; 'shared': one head, fused too
@@ -146,7 +146,7 @@ def load_study(
     return _checked(study)
 
 # %% ../nbs/14_study.ipynb #650b52c2
-EVALUATE = 'seen', 'next', 'all'
+EVALUATE = 'last', 'seen', 'next', 'all' # each holds what the one before it does
 _CHOICES = dict(precision=('auto', 'float32', 'bfloat16'), evaluate=EVALUATE, tracking=('none', 'wandb', 'trackio'),
                 protocol=('base', 'previous', 'fused'), heads=('own', 'joined', 'shared'), executor=('local', 'slurm'))
 
@@ -163,7 +163,7 @@ def _checked(study:Study)->Study: # raises before anything runs
                          f"install it with pip install {study.tracking}")
     if not study.seeds or not study.orders:
         raise ValueError(f"study {study.name!r}: `seeds` and `orders` need at least one number each")
-    if study.protocol == 'fused' and study.heads != 'shared' and study.evaluate != 'seen':
+    if study.protocol == 'fused' and study.heads != 'shared' and study.evaluate not in ('last', 'seen'):
         raise ValueError(f"study {study.name!r}: `protocol = fused` knows no head of a task to come; set `evaluate = seen`")
     recipe_of(study, study.seeds[0])
     method_specs(study)
@@ -247,8 +247,7 @@ def _pixels(raw:Mapping)->int: # height of the images; 8 where there are none
     return kinds['pixel_values'].shape[-1] if 'pixel_values' in kinds else 8
 
 @lru_cache(maxsize=1)
-def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes, prints, pad
-    "Model and encoded tasks of a study; a process loads them once."
+def _load(study:Study)->SimpleNamespace: # what `bench` gives
     torch.set_num_threads(study.threads)
     raw = load_stream(list(study.tasks), study.train_size, study.val_size, study.test_size, study.data_seed, task_specs(study))
     check_heads(study, raw)
@@ -273,6 +272,15 @@ def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes
         print=fingerprint(state))
 
 # %% ../nbs/14_study.ipynb #3d57dce8
+_BESIDE = ('lr', 'head_lr', 'epochs', 'batch_size', 'weight_decay', 'warmup', 'precision', 'methods', 'seeds', 'orders',
+           'workers', 'tracking', 'evaluate', 'stat_examples', 'protocol', 'lora_rank', 'executor', 'slurm') # no part of it
+
+def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes, prints, pad
+    "Model and encoded tasks of a study; a process loads them once, whatever else of the study is set otherwise."
+    return _load(replace(study, **dict.fromkeys(_BESIDE)))
+
+bench.cache_clear = _load.cache_clear
+
 def check_sources(study:Study)->None: # raises
     "Read every task and look for the model, so that a mistake shows once, before any work is done."
     raw = load_stream(list(study.tasks), study.train_size, study.val_size, study.test_size, study.data_seed, task_specs(study))
@@ -351,7 +359,8 @@ def _batches(study:Study, task:str, split:str, rows:tuple[int, ...]|None=None)->
     b = bench(study)
     if (task, split, rows) not in b.ready:
         data = b.tasks[task][split]
-        b.ready[task, split, rows] = batches(data if rows is None else data.select(rows), 64, b.pad)
+        size = 64 if 'pixel_values' in data.column_names or rows is not None else 32 # what a batch needs fits the core's cache
+        b.ready[task, split, rows] = batches(data if rows is None else data.select(rows), size, b.pad)
     return b.ready[task, split, rows]
 
 def answers(
@@ -730,23 +739,24 @@ def run_method(
     order:int=0,            # which task order
     tell:Callable[[float], None]=lambda share: None, # is told the share of the work done
 )->Record:                  # what came out
-    "Fold a method over the study's experts and evaluate after every step on every task seen."
+    "Fold a method over the study's experts and evaluate after every step on every task seen, or after the last alone."
     params, m, t0 = dict(params or {}), get_method(method), time.perf_counter()
     study_params(method, params)
     names, T = task_order(study, order), len(study.tasks)
-    found, R, R_macro, norms, fuse_s = gather(study, method, params, seed, names), *np.full((2, T, T), np.nan), [], 0.
+    found, R, R_macro, norms, fuse_s = gather(study, method, params, seed, names), *np.full((3, T, T), np.nan), 0.
     models = _baseline_models(study, method, params, seed, order) if m.kind == 'training' else found.models
     experts = found.experts
     own = {n: answers(study, lambda: experts[n][0], fingerprint(experts[n][0]), found.heads, [n])[n] for n in names}
     truth, hits = {n: labels(study, n) for n in names}, [[None] * T for _ in names]
-    for i in range(T):
+    for i in range(T - 1 if study.evaluate == 'last' else 0, T):
         model = models[i] if models else found.fused(names[:i + 1])
-        on, heads = names[:dict(seen=i + 1, next=i + 2, all=T)[study.evaluate]], getattr(model, 'heads', found.heads)
+        on, heads = names[:dict(seen=i + 1, next=i + 2).get(study.evaluate, T)], getattr(model, 'heads', found.heads)
         for j, p in enumerate(answers(study, model.state, model.print, heads, on, 'test', names[:i + 1]).values()):
             R[i, j], R_macro[i, j] = (f(truth[names[j]], p) for f in METRICS.values())
             hits[i][j] = pack_bits(truth[names[j]] == p)
-        norms.append(model.norm); fuse_s += model.seconds; tell((i + 1) * (i + 2) / (T * (T + 1)))
-    return _record(study, method, params, seed, order, R, R_macro, norms, hits, own, experts, found.files, truth, fuse_s, t0)
+        norms[i, 0] = model.norm; fuse_s += model.seconds; tell((i + 1) * (i + 2) / (T * (T + 1)))
+    return _record(study, method, params, seed, order, R, R_macro, norms[:, 0], hits, own, experts, found.files, truth,
+                   fuse_s, t0)
 
 # %% ../nbs/14_study.ipynb #965d6305
 def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, experts, files, truth, fuse_s, t0)->Record:
@@ -764,7 +774,7 @@ def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, ex
                                     examples={n: sum(len(x['index']) for x in stat_inputs(study, n)) for n in names})
     return Record(
         study.name, label, f"{m.title} {method_label('', params)}".strip(), full, seed, order, names,
-        R, R_macro, level(own), level(probe), cosines(taus).numpy(), np.array([t.norm() for t in taus]), np.array(norms),
+        R, R_macro, level(own), level(probe), cosines(taus).numpy(), np.array([t.norm() for t in taus]), norms,
         metrics(R, level(own), level(probe)), run_key(study, method, params, seed, order), inputs, versions(), commit(),
         dict(fuse=fuse_s, total=time.perf_counter() - t0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         dict(n=[len(truth[n]) for n in names], R=hits, experts=bits(own), probe=bits(probe)), FORMAT)
