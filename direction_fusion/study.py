@@ -71,7 +71,7 @@ class Study:
     max_tokens:int
     precision:str      # 'float32', 'bfloat16' or 'auto'
     threads:int
-    methods:tuple      # specs such as 'dora' or 'dora(rho=1.0)'; ('all',) for the whole table
+    methods:tuple      # specs such as 'dora' or 'dora(rho=1.0)'; ('all',) or ('fusing',)
     seeds:tuple        # of the experts
     orders:tuple       # which task orders
     workers:int        # processes side by side; 0: one per core
@@ -222,12 +222,14 @@ def unfit(study:Study, method:str)->str: # why a method cannot run in a study; '
     return '' if m.needs in ('', 'validation', 'training', *MEASURED) else f'it needs {m.needs}, which no study measures'
 
 def left_out(study:Study)->dict[str, str]: # method → why
-    "What `methods = all` leaves out."
-    return {n: unfit(study, n) for n in METHODS if unfit(study, n)} if study.methods == ('all',) else {}
+    "What `methods = all`, or `fusing`, leaves out."
+    return {n: why for n in _GROUPS.get(study.methods, list)() if (why := unfit(study, n))}
+
+_GROUPS = {('all',): lambda: list(METHODS), ('fusing',): lambda: [n for n, m in METHODS.items() if m.kind != 'training']}
 
 def method_specs(study:Study)->list[tuple[str, dict]]: # (key of METHODS, hyper-parameters) of each
-    "The study's methods; `all` is every entry that fits."
-    if study.methods == ('all',): return [(n, {}) for n in METHODS if not unfit(study, n)]
+    "The study's methods; `all` is every entry that fits, `fusing` every one of them that does not train."
+    if study.methods in _GROUPS: return [(n, {}) for n in _GROUPS[study.methods]() if not unfit(study, n)]
     specs = [parse_method(s) for s in study.methods]
     for n, _ in specs:
         if why := unfit(study, n): raise ValueError(f"{n!r} cannot run in study {study.name!r}: {why}")
