@@ -100,52 +100,69 @@ int64_t linear_REAL(REAL *restrict out, const REAL *restrict base, const REAL *c
 # %% ../nbs/21a_kernels.ipynb #6ee25ac5
 PIECE = 2048 # products that are folded into one number
 
-_TREE = r'''
-#define L 256
-#define TREE(P) (((P(0) + P(4)) + (P(2) + P(6))) + ((P(1) + P(5)) + (P(3) + P(7)))) /* the first three halvings */
-#define XX(k) X(k) * X(k)
-#define XY(k) X(k) * Y(k)
-#define YY(k) Y(k) * Y(k)
-#define DX(k) (X(k) - B(k))
-#define DY(k) (Y(k) - B(k))
-#define DXX(k) DX(k) * DX(k)
-#define DXY(k) DX(k) * DY(k)
-#define DYY(k) DY(k) * DY(k)
+_EIGHT = r"""
+#define INLINE static inline __attribute__((always_inline))
+typedef uint32_t words __attribute__((vector_size(16)));
+typedef float singles __attribute__((vector_size(16)));
+typedef double doubles __attribute__((vector_size(32)));
+#if defined(__AVX__) && !defined(__clang__) /* gcc 12 goes through memory otherwise */
+INLINE doubles wider(singles x) { return __builtin_ia32_cvtps2pd256(x); }
+#else
+INLINE doubles wider(singles x) { return __builtin_convertvector(x, doubles); }
+#endif
 
-static inline double halved(double *q) {
-    for (int h = L / 2; h >= 8; h /= 2) for (int i = 0; i < h; i++) q[i] += q[i + h];
-    return ((q[0] + q[4]) + (q[2] + q[6])) + ((q[1] + q[5]) + (q[3] + q[7]));
+/* half of eight numbers: those at even and at odd places, or the first four and the last */
+INLINE doubles one_bfloat16(const bfloat16 *x) { words w; memcpy(&w, x, 16); return wider((singles)(w << 16)); }
+INLINE doubles two_bfloat16(const bfloat16 *x) { words w; memcpy(&w, x, 16); return wider((singles)(w & 0xffff0000u)); }
+INLINE doubles one_float32(const float32 *x) { singles s; memcpy(&s, x, 16); return wider(s); }
+INLINE doubles two_float32(const float32 *x) { singles s; memcpy(&s, x + 4, 16); return wider(s); }
+
+/* both halves, in order */
+INLINE void spread_bfloat16(double *q, doubles one, doubles two) {
+    for (int i = 0; i < 4; i++) { q[2 * i] = one[i]; q[2 * i + 1] = two[i]; }
 }
-
-'''
+INLINE void spread_float32(double *q, doubles one, doubles two) { memcpy(q, &one, 32); memcpy(q + 4, &two, 32); }
+"""
 
 # %% ../nbs/21a_kernels.ipynb #9c7404ed
-_DOTS = r'''
-#define X(k) wide_REAL(u[i + k * L])
-#define Y(k) wide_REAL(v[i + k * L])
-#define B(k) wide_REAL(w[i + k * L])
+_DOTS = r"""
+#define PIECE 2048
+#define HALF(x) (h % 2 ? two_REAL(x + i + h / 2 * 8) : one_REAL(x + i + h / 2 * 8))
+INLINE double folded_REAL(const doubles *q) {
+    double s[16];
+    spread_REAL(s, q[0], q[1]); spread_REAL(s + 8, q[2], q[3]);
+    for (int w = 8; w; w /= 2) for (int i = 0; i < w; i++) s[i] += s[i + w];
+    return s[0];
+}
+INLINE void piece_REAL(double *xy, double *xx, double *yy, const REAL *base, const REAL *x, const REAL *y) {
+    doubles p[4] = {{0}}, q[4] = {{0}}, r[4] = {{0}};
+    for (int i = 0; i < PIECE; i += 16) for (int h = 0; h < 4; h++) {
+        doubles u = HALF(x), v = HALF(y);
+        if (base) { doubles b = HALF(base); u -= b; v -= b; }
+        q[h] += u * v;
+        if (xx) { p[h] += u * u; r[h] += v * v; }
+    }
+    *xy = folded_REAL(q);
+    if (xx) { *xx = folded_REAL(p); *yy = folded_REAL(r); }
+}
 void dots_REAL(double *xy, double *xx, double *yy, const REAL *base, const REAL *x, const REAL *y, int64_t n) {
-    REAL end[3][8 * L] = {0}; /* the last piece, with zeros behind it */
-    double p[L], q[L], r[L];
-    for (int64_t at = 0; at < n; at += 8 * L) {
-        const REAL *restrict u = x + at, *restrict v = y + at, *restrict w = base ? base + at : 0;
-        if (n - at < 8 * L) {
+    REAL end[3][PIECE] = {0}; /* the last piece, with zeros behind it */
+    for (int64_t i = 0, at = 0; at < n; at += PIECE, i++) {
+        const REAL *u = x + at, *v = y + at, *b = base ? base + at : 0;
+        if (n - at < PIECE) {
             u = memcpy(end[0], u, (n - at) * sizeof(REAL));
             v = memcpy(end[1], v, (n - at) * sizeof(REAL));
-            if (base) w = memcpy(end[2], w, (n - at) * sizeof(REAL));
+            if (base) b = memcpy(end[2], b, (n - at) * sizeof(REAL));
         }
-        if (base && !xx) for (int i = 0; i < L; i++) q[i] = TREE(DXY);
-        else if (base) for (int i = 0; i < L; i++) { p[i] = TREE(DXX); q[i] = TREE(DXY); r[i] = TREE(DYY); }
-        else if (!xx) for (int i = 0; i < L; i++) q[i] = TREE(XY);
-        else for (int i = 0; i < L; i++) { p[i] = TREE(XX); q[i] = TREE(XY); r[i] = TREE(YY); }
-        xy[at / (8 * L)] = halved(q);
-        if (xx) { xx[at / (8 * L)] = halved(p); yy[at / (8 * L)] = halved(r); }
+        if (base && xx) piece_REAL(xy + i, xx + i, yy + i, b, u, v);
+        else if (base) piece_REAL(xy + i, 0, 0, b, u, v);
+        else if (xx) piece_REAL(xy + i, xx + i, yy + i, 0, u, v);
+        else piece_REAL(xy + i, 0, 0, 0, u, v);
     }
 }
-#undef X
-#undef Y
-#undef B
-'''
+#undef HALF
+#undef PIECE
+"""
 
 # %% ../nbs/21a_kernels.ipynb #6ed6e4c6
 _ORDER = r'''
@@ -216,11 +233,12 @@ int64_t elect_REAL(REAL *restrict out, const REAL *restrict base, const REAL *co
 
 # %% ../nbs/21a_kernels.ipynb #f047df39
 TYPES = {torch.bfloat16: 'bfloat16', torch.float32: 'float32'}
-FLAGS = '-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC', '-lm'
+FLAGS = ('-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-Wno-psabi',
+         '-shared', '-fPIC', '-lm')
 
 def source()->str: # of all loops, for all types
     "What is compiled."
-    return _NUMBERS + _TREE + ''.join(s.replace('REAL', t) for t in TYPES.values() for s in (_LINEAR, _DOTS, _ORDER, _ELECT))
+    return _NUMBERS + _EIGHT + ''.join(s.replace('REAL', t) for t in TYPES.values() for s in (_LINEAR, _DOTS, _ORDER, _ELECT))
 
 def _processor()->str: # what `native` means here
     info = Path('/proc/cpuinfo')
@@ -304,11 +322,13 @@ def linear(
 # %% ../nbs/21a_kernels.ipynb #b009f707
 def folded(
     p:Tensor # (n,) float64 products
-)->Tensor:   # (⌈n/PIECE⌉,) sums of pieces, each folded in halves
+)->Tensor:   # (⌈n/PIECE⌉,) sums of pieces: of 16 columns, folded in halves
     "The twin of `dots`."
-    p = torch.nn.functional.pad(p, (0, -len(p) % PIECE)).view(-1, PIECE)
-    while p.shape[1] > 1: p = p[:, :p.shape[1] // 2] + p[:, p.shape[1] // 2:]
-    return p[:, 0]
+    rows = torch.nn.functional.pad(p, (0, -len(p) % PIECE)).view(-1, PIECE // 16, 16)
+    s = rows[:, 0].clone()
+    for i in range(1, PIECE // 16): s += rows[:, i]
+    while s.shape[1] > 1: s = s[:, :s.shape[1] // 2] + s[:, s.shape[1] // 2:]
+    return s[:, 0]
 
 def dots(
     base:Tensor|None,   # (n, …) what is taken off both; None: nothing

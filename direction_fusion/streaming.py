@@ -17,12 +17,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from . import __version__
 from .adapters import lora_adapter, open_expert, write_adapter
 from .checkpoints import Checkpoint, hasher, match_names, raw, tensor_digest
 from .core import compute_dtype
@@ -94,20 +94,24 @@ def _fast(request:Request)->int: return request.chunk * (4 if library() else 1) 
 
 def gram_rows(
     request:Request, # the request
-    k:str            # a parameter
+    k:str,           # a parameter
+    threads:int=1    # side by side; 0: one per core
 )->Tensor:           # (1, T, T) float64, as `gram_scan`; the same bits for any chunk
     "Dot products of the experts, or of their deltas."
     T, delta, meta = len(request.experts), request.settings(k)[0].get('on', 'delta') == 'delta', request.base.meta[k]
     width, ranges = math.prod(meta.shape[1:]), row_ranges(meta.shape, request.chunk)
     step = PIECE // math.gcd(PIECE, width)                                     # rows that begin and end with a piece
     step *= max(1, _fast(request) // max(1, width * step))
-    pairs, sums = [(s, t) for s in range(T) for t in range(s + 1)], []
-    for i in range(0, meta.n_rows, step):
+    pairs, sums = [(s, t) for s in range(T) for t in range(s + 1)], {}
+    def some(i):
         rows = [e.rows(k, i, min(i + step, meta.n_rows)) for e in request.experts]
         b = request.base.rows(k, i, min(i + step, meta.n_rows)) if delta else None
-        if T == 2: sums.append(dots(b, *rows, True)[[1, 0, 2]])               # all products of a pair in one go
-        else: sums.append(torch.stack([dots(b, rows[s], rows[t]) for s, t in pairs]))
-    G, found = torch.zeros(T, T, dtype=torch.float64), torch.cat(sums, 1)
+        if T == 2: sums[i] = dots(b, *rows, True)[[1, 0, 2]]                   # all products of a pair in one go
+        else: sums[i] = torch.stack([dots(b, rows[s], rows[t]) for s, t in pairs])
+    starts = range(0, meta.n_rows, step)
+    if threads == 1: [some(i) for i in starts]
+    else: run_all(((0, partial(some, i)) for i in starts), threads)
+    G, found = torch.zeros(T, T, dtype=torch.float64), torch.cat([sums[i] for i in starts], 1)
     fine = found.isfinite().all(1).tolist()
     for (s, t), x, ok in zip(pairs, found, fine): G[s, t] = G[t, s] = math.fsum(x.tolist()) if ok else math.nan
     if not math.isfinite(G.sum()):
@@ -173,14 +177,15 @@ def least_kept(
 # %% ../nbs/25_streaming.ipynb #60124582
 def scan_parameter(
     request:Request, # the request
-    k:str            # a parameter
+    k:str,           # a parameter
+    threads:int=1    # side by side, where the method's loop allows; 0: one per core
 ):                   # what `delta_rows` takes as `scan`; None where the method looks at nothing
     "A method's pass over one parameter."
     m, shape, params = request.method, request.base.meta[k].shape, request.settings(k)[0]
     if not m.scan or not takes_rule(m, request.roles[k], len(shape)): return None
-    if m.scan is gram_scan and params.get('grain', 'tensor') == 'tensor': return gram_rows(request, k)
+    if m.scan is gram_scan and params.get('grain', 'tensor') == 'tensor': return gram_rows(request, k, threads)
     if m.scan is ties_scan and params['scope'] != 'tensor': return None
-    if m.scan is ties_scan and (least := least_kept(request, [k], params['density'])) is not None: return least
+    if m.scan is ties_scan and (least := least_kept(request, [k], params['density'], threads)) is not None: return least
     pieces = lambda: (read_deltas(request.base, request.experts, k, i, j) for i, j in row_ranges(shape, request.chunk))
     return run_scan(m, params, pieces)
 
@@ -325,16 +330,16 @@ def ties_rows(
 def direct(
     request:Request, # the request
     survey=None      # from `survey_model`
-)->tuple[Callable, Callable]|None: # (k) → form, and (k, i, j, form) → rows of the result; None: by way of merged deltas
+)->tuple[Callable, Callable]|None: # (k, threads) → form, and (k, i, j, form) → rows; None: by way of deltas
     "How a method makes rows of the result without merged deltas, if it can."
     m, params, T = request.method, request.params, len(request.experts)
     if m.rule is ties:
-        form = lambda k: scan_parameter(request, k) if survey is None else survey
+        form = lambda k, threads=1: scan_parameter(request, k, threads) if survey is None else survey
         return form, partial(ties_rows, request)
     if not m.linear or m.scan and (request.at or params['grain'] != 'tensor' or T != 2): return None
-    def form(k):
+    def form(k, threads=1):
         params, weights = request.settings(k)
-        return m.linear(weights, scan_parameter(request, k), params)
+        return m.linear(weights, scan_parameter(request, k, threads), params)
     return form, partial(linear_rows, request)
 
 # %% ../nbs/25_streaming.ipynb #35463487
@@ -350,7 +355,8 @@ def worthwhile(
 def direct_tasks(
     request:Request, way:tuple, # the request, and of `direct`
     put:Callable, finish:Callable, # (k, i, rows): rows of the result; (k): all of them
-    done:Sequence[str]=(), scans:bool=False # parameters that need no work; whether the form needs a pass over the parameter
+    done:Sequence[str]=(), scans:bool=False, # parameters that need no work; whether the form needs a pass over the parameter
+    threads:int=1                  # side by side in that pass, where a parameter is large
 )->Iterator[tuple[int, Callable]]:
     "As `delta_tasks`, for what is made directly."
     form, rows = way
@@ -363,8 +369,9 @@ def direct_tasks(
         if last(): finish(k)
     for k in (k for k in request.moving if k not in done):
         meta, ranges = request.base.meta[k], row_ranges(request.base.meta[k].shape, _fast(request))
-        if scans or len(ranges) < 2: yield meta.nbytes, partial(whole, k, ranges); continue
-        f, last = form(k), _countdown(len(ranges))
+        large = len(ranges) >= 16 and threads != 1
+        if scans and not large or len(ranges) < 2: yield meta.nbytes, partial(whole, k, ranges); continue
+        f, last = form(k, threads), _countdown(len(ranges)) # of a large parameter no one has to do all, nor the last
         for i, j in ranges: yield meta.nbytes * (j - i) // meta.n_rows, partial(piece, k, i, j, f, last)
 
 # %% ../nbs/25_streaming.ipynb #4d31b6b6
@@ -386,8 +393,8 @@ def stream(
     def rounded(k, i, delta, b, deltas=None): put(k, i, fitted(b.double().add_(delta), request.out_dtype(k), k))
     library(sum(math.prod(request.base.meta[k].shape) for k in request.moving))
     if way := direct(request, survey := survey_model(request, threads)):
-        run_all(direct_tasks(request, way, put, ended, done, bool(request.method.scan) and survey is None),
-                worthwhile(request, threads), advance)
+        n = worthwhile(request, threads)
+        run_all(direct_tasks(request, way, put, ended, done, bool(request.method.scan) and survey is None, n), n, advance)
     elif not request.method.rescale:
         run_all(delta_tasks(request, rounded, ended, survey, done), threads, advance)
     else:
@@ -428,7 +435,7 @@ def request_key(
     files = [(str(f), s.st_size, s.st_mtime_ns) for m in (request.base, *request.experts) for f in m.files for s in [f.stat()]]
     each = {k: request.settings(k) for k in request.moving} if request.at else request.params
     text = repr((files, [m.name for m in request.experts], request.name, each, request.roles, request.moving, request.weights,
-                 request.seed, request.dtype, version('direction_fusion')))
+                 request.seed, request.dtype, __version__))
     h = hasher(torch.uint8, ()); h.update(text.encode())
     return h.hexdigest()
 

@@ -20,9 +20,10 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
-from importlib.metadata import version
 from pathlib import Path
+import safetensors
 import torch
+import xxhash
 import yaml
 from fastcore.basics import patch
 from safetensors import safe_open
@@ -394,7 +395,7 @@ def manifest(
     **more,                                # further entries
 )->dict:                                   # what was written
     "Write fusion.json."
-    packages = {p: version(p) for p in ('torch', 'safetensors', 'xxhash')}
+    packages = dict(torch=str(torch.__version__), safetensors=safetensors.__version__, xxhash=xxhash.VERSION)
     content = dict(format=1, method=method, params=dict(params), recipe=recipe, **more,
                    versions=dict(direction_fusion=__version__, python=platform.python_version(), **packages),
                    digest='xxh3_128 over dtype, shape and bytes', inputs=[dict(i) for i in inputs], outputs=dict(outputs))
