@@ -281,12 +281,14 @@ def crossed_freedom(
     return v ** 2 / w if w > 0 else np.inf
 
 # %% ../nbs/12_metrics.ipynb #a8a8018f
-def _values(values, tasks): # checked copies
+def _values(values, tasks): # checked copies; (M, seeds) which seeds each method has
     x, tasks = np.array(values, dtype=np.float64), np.asarray(tasks)
     if x.ndim != 4 or 0 in x.shape or tasks.shape != x.shape[3:]:
         raise ValueError(f"`values` must be (methods, seeds, orders, N) and `tasks` (N,), got {x.shape} and {tasks.shape}")
-    if not np.isfinite(x).all(): raise ValueError("`values` must be finite, got NaN or infinity")
-    return x, tasks
+    has = np.isfinite(x).all((2, 3))
+    if (np.isfinite(x).any((2, 3)) != has).any() or not (has.astype(int) @ has.T).all():
+        raise ValueError("`values` must be finite, or NaN for all of a seed, and two methods need a seed in common")
+    return x, tasks, has
 
 def _expanded(means, mean, df, level): # low, high and p of 0, from resampled means
     stretch = stats.t.ppf((1 + level) / 2, df) / stats.norm.ppf((1 + level) / 2)
@@ -295,18 +297,22 @@ def _expanded(means, mean, df, level): # low, high and p of 0, from resampled me
     return float(low), float(high), float(2 * stats.t.sf(abs(mean) / se, df)) if se > 0 else float(mean == 0)
 
 def crossed_intervals(
-    values:np.ndarray,    # (M, seeds, orders, N) as in `crossed_bootstrap`
+    values:np.ndarray,    # (M, seeds, orders, N) as in `crossed_bootstrap`; NaN for a seed that a method lacks
     tasks:np.ndarray,     # (N,) the task of each example
     level:float=.95,      # confidence level, in (0, 1)
     n_resamples:int=2000,
     generator:np.random.Generator|None=None, # None: a fresh one seeded with 0
 )->tuple[np.ndarray, np.ndarray, np.ndarray]: # (M,) means, lower and upper ends
     "Interval of each method's own mean."
-    x, tasks = _values(values, tasks)
+    x, tasks, has = _values(values, tasks)
     if not 0 < level < 1: raise ValueError(f"`level` must be in (0, 1), got {level}")
-    means, own = crossed_bootstrap(x, tasks, n_resamples, generator), _task_means(x, tasks)
-    ends = [_expanded(b, m, crossed_freedom(v, tasks), level)[:2] for b, m, v in zip(means, own, x)]
-    return own, *np.array(ends).T
+    found = []
+    for seeds in np.unique(has, axis=0): # methods that share their seeds share their resamples
+        at = (has == seeds).all(1)
+        means = crossed_bootstrap(y := x[at][:, seeds], tasks, n_resamples, generator)
+        found += [(i, o, *_expanded(b, o, crossed_freedom(v, tasks), level)[:2])
+                  for i, b, o, v in zip(np.flatnonzero(at), means, _task_means(y, tasks), y)]
+    return tuple(np.array([f[1:] for f in sorted(found)]).T)
 
 def _task_means(x, tasks): return np.mean([x[..., tasks == t].mean((1, 2, 3)) for t in np.unique(tasks)], axis=0) # (M,)
 
@@ -322,20 +328,27 @@ def holm(
     return out
 
 def pairwise(
-    values:np.ndarray,    # (M, seeds, orders, N) as in `crossed_bootstrap`
+    values:np.ndarray,    # (M, seeds, orders, N) as in `crossed_bootstrap`; NaN for a seed that a method lacks
     tasks:np.ndarray,     # (N,) the task of each example
     level:float=.95,      # confidence level of each single interval, in (0, 1)
     n_resamples:int=2000,
     generator:np.random.Generator|None=None, # None: a fresh one seeded with 0
 )->dict[str, np.ndarray]: # (M, M) each: `difference` row − column, `low`, `high`, `p` (Holm over all pairs; 1 on the diagonal)
-    "Every method against every other, paired by seed, order and test example."
-    x, tasks = _values(values, tasks)
+    "Every method against every other, paired by test example, order and the seeds that both have."
+    x, tasks, has = _values(values, tasks)
     if not 0 < level < 1: raise ValueError(f"`level` must be in (0, 1), got {level}")
-    means, own, M = crossed_bootstrap(x, tasks, n_resamples, generator), _task_means(x, tasks), len(x)
-    out = dict(difference=own[:, None] - own, low=np.zeros((M, M)), high=np.zeros((M, M)), p=np.ones((M, M)))
+    M, drawn, found = len(x), {}, []
     ij = list(combinations(range(M), 2))
-    found = [_expanded(means[i] - means[j], own[i] - own[j], crossed_freedom(x[i] - x[j], tasks), level) for i, j in ij]
-    for (i, j), (low, high, _), q in zip(ij, found, holm([f[2] for f in found])):
-        out['low'][i, j], out['high'][i, j], out['low'][j, i], out['high'][j, i] = low, high, -high, -low
-        out['p'][i, j] = out['p'][j, i] = q
+    for i, j in ij:
+        at = has[i] & has[j]
+        if (key := at.tobytes()) not in drawn: # what the seeds in common say of all methods that have them
+            y = np.where((has | ~at).all(1)[:, None, None, None], x, 0.)[:, at]
+            drawn[key] = crossed_bootstrap(y, tasks, n_resamples, generator), _task_means(y, tasks), y
+        means, own, y = drawn[key]
+        d = own[i] - own[j]
+        found.append((d, *_expanded(means[i] - means[j], d, crossed_freedom(y[i] - y[j], tasks), level)))
+    out = {k: np.zeros((M, M)) for k in ('difference', 'low', 'high')} | dict(p=np.ones((M, M)))
+    for (i, j), (d, low, high, _), q in zip(ij, found, holm([f[3] for f in found])):
+        for k, a, b in (('difference', d, -d), ('low', low, -high), ('high', high, -low), ('p', q, q)):
+            out[k][i, j], out[k][j, i] = a, b
     return out

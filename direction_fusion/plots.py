@@ -252,9 +252,10 @@ def _example_values(record, metric:str, names:Sequence[str])->list[np.ndarray]: 
     return [np.zeros(n[j]) + column(j) for j in map(list(record.tasks).index, names)]
 
 def paired_values(
-    records:Sequence,  # every seed with every order, of each method
+    records:Sequence,  # of each method some seeds, each with every order
     metric:str='ACC',  # 'ACC', 'BWT' or 'AUC'
-)->tuple[list[list], np.ndarray, np.ndarray]: # groups as in `group_records`; (M, seeds, orders, N) values; (N,) their tasks
+)->tuple[list[list], np.ndarray, np.ndarray]: # groups as in `group_records`; (M, seeds, orders, N), NaN for a seed that a method
+                                              # lacks; (N,) the task of each example
     "What `pairwise` and `crossed_intervals` take."
     groups, names = group_records(records), sorted(records[0].tasks)
     seeds, orders = sorted({r.seed for r in records}), sorted({r.order for r in records})
@@ -262,28 +263,33 @@ def paired_values(
         for r in g:
             if not getattr(r, 'correct', None):
                 raise ValueError(f"the record of {r.title!r} keeps no single answers: an older version wrote it; run it again")
-        if missing := sorted({(s, o) for s in seeds for o in orders} - {(r.seed, r.order) for r in g}):
-            raise ValueError("every method needs every seed and order, "
+        if missing := sorted({(r.seed, o) for r in g for o in orders} - {(r.seed, r.order) for r in g}):
+            raise ValueError("every method needs every order of each of its seeds, "
                              f"{g[0].title!r} lacks seed {missing[0][0]}, order {missing[0][1]}")
     rows = [[_example_values(r, metric, names) for r in g] for g in groups]
     if len({tuple(map(len, x)) for g in rows for x in g}) > 1:
         raise ValueError("`records` must share their test examples, got test sets of different sizes")
-    values = np.array([[np.concatenate(x) for x in g] for g in rows]).reshape(len(groups), len(seeds), len(orders), -1)
-    return groups, values, np.repeat(names, [len(x) for x in rows[0][0]])
+    sizes = [len(x) for x in rows[0][0]]
+    values = np.full((len(groups), len(seeds), len(orders), sum(sizes)), np.nan)
+    for m, g in enumerate(groups):
+        for r, x in zip(g, rows[m]): values[m, seeds.index(r.seed), orders.index(r.order)] = np.concatenate(x)
+    return groups, values, np.repeat(names, sizes)
 
 # %% ../nbs/13_plots.ipynb #806fce45
 def common_runs(
     records:Sequence, # of any methods, seeds and orders
-)->list:              # those of every seed with every order that all methods have; [] where there is none
-    "The records that can be paired."
+)->list:              # the orders that all methods have, with each method's seeds that have them all; [] where there is none
+    "The records that can be paired; a seed counts for the pairs that both have it."
     by = {}
     for r in records:
         if getattr(r, 'correct', None): by.setdefault((r.method, r.title), set()).add((r.seed, r.order))
-    runs = set.intersection(*by.values()) if len(by) == len({(r.method, r.title) for r in records}) > 0 else set()
-    orders = sorted({o for _, o in runs})
-    full = lambda orders: {(s, o) for s, _ in runs for o in orders if all((s, p) in runs for p in orders)}
-    keep = full(orders) or full(orders[:1])
-    return [r for r in records if (r.seed, r.order) in keep]
+    if not by or len(by) < len({(r.method, r.title) for r in records}): return []
+    orders = sorted(set.intersection(*({o for _, o in runs} for runs in by.values())))
+    for few in (orders, orders[:1]):
+        seeds = {m: {s for s, _ in runs if few and all((s, o) in runs for o in few)} for m, runs in by.items()}
+        if all(a & b for a in seeds.values() for b in seeds.values()):
+            return [r for r in records if r.order in few and r.seed in seeds[r.method, r.title]]
+    return []
 
 def _ends(groups:Sequence, key:str)->np.ndarray: # (M, 2) ends of the 95 % interval of each method's own mean, in percent, or NaN
     def ends(g): # over seeds, orders and examples where all seeds meet all orders; over runs elsewhere

@@ -81,13 +81,14 @@ def established(
     return '- ' + '\n- '.join(out + _limits(groups, clear))
 
 def _limits(groups:Sequence, clear:np.ndarray)->list[str]: # bounds, and what is not established
-    runs, M = groups[0], len(groups)
-    seeds, orders = len({r.seed for r in runs}), len({r.order for r in runs})
+    count, M = [len({r.seed for r in g}) for g in groups], len(groups)
+    seeds, orders = max(count), len({r.order for r in groups[0]})
+    span = f'{min(count)} to {seeds}' if min(count) < seeds else str(seeds)
     level = lambda g, f: float(np.mean([f(r) for r in g]))
     under = [g[0].title for g in groups if level(g, lambda r: r.metrics['ACC']) < level(g, lambda r: r.probe.mean())]
     out = [f"Below a linear probe on the base on average: {_listed(under)}."] if under else []
     open_ = int((~clear).sum() - M) // 2
-    out.append(f"Of {M * (M - 1) // 2} pairs {open_} are not separated by {seeds} seed{'s' * (seeds > 1)} × "
+    out.append(f"Of {M * (M - 1) // 2} pairs {open_} are not separated by {span} seed{'s' * (seeds > 1)} × "
                f"{orders} order{'s' * (orders > 1)}; nothing is established about them.")
     if seeds == 1: out.append('With one seed the intervals speak of these very experts and of no others.')
     return out
