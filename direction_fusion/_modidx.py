@@ -1501,6 +1501,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'direction_fusion.train.linear_probe': ('train.html#linear_probe', 'direction_fusion/train.py'),
                                         'direction_fusion.train.load_backbone': ('train.html#load_backbone', 'direction_fusion/train.py'),
                                         'direction_fusion.train.load_expert': ('train.html#load_expert', 'direction_fusion/train.py'),
+                                        'direction_fusion.train.made_once': ('train.html#made_once', 'direction_fusion/train.py'),
                                         'direction_fusion.train.model_source': ('train.html#model_source', 'direction_fusion/train.py'),
                                         'direction_fusion.train.predict': ('train.html#predict', 'direction_fusion/train.py'),
                                         'direction_fusion.train.pretrained_vit': ('train.html#pretrained_vit', 'direction_fusion/train.py'),

@@ -32,6 +32,7 @@ def _show(df, title:str)->None: # a data frame as a table on the terminal
     wide.print(t)
 
 def _numbers(what:str, text:str|None)->tuple[int, ...]|None: # '0,1' → (0, 1)
+    if what == 'orders' and text == 'all': return ('all',)
     try: return tuple(int(x) for x in _split(text)) if text is not None else None
     except ValueError: raise ValueError(f"`--{what}` must be integers such as 0,1,2, got {text!r}") from None
 
@@ -41,7 +42,7 @@ def study(
     name:Annotated[str, typer.Argument(help='section of settings.ini')],
     methods:Annotated[str|None, typer.Option(help="only these, e.g. 'soft_soup,dora(rho=1.0)'")]=None,
     seeds:Annotated[str|None, typer.Option(help="seeds of the experts, e.g. '0,1,2'")]=None,
-    orders:Annotated[str|None, typer.Option(help="task orders, e.g. '0,1'")]=None,
+    orders:Annotated[str|None, typer.Option(help="task orders, e.g. '0,1'; all, of few tasks")]=None,
     evaluate:Annotated[str|None, typer.Option(help='seen, next or all after each merge; last: at the end alone')]=None,
     workers:Annotated[int|None, typer.Option(help='processes side by side; 0: one per core')]=None,
     executor:Annotated[str|None, typer.Option(help='local or slurm')]=None,

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['METRICS', 'Recipe', 'recipe_key', 'has_bfloat16', 'Classifier', 'model_source', 'load_backbone', 'check_images',
            'tiny_vit', 'in_memory', 'finetune', 'predict', 'adapted', 'digest', 'save_expert', 'load_expert',
-           'train_expert', 'Heads', 'train_together', 'replayed', 'pretrained_vit', 'features', 'linear_probe']
+           'made_once', 'train_expert', 'Heads', 'train_together', 'replayed', 'pretrained_vit', 'features',
+           'linear_probe']
 
 # %% ../nbs/11_train.ipynb #2b4c3055
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -285,6 +287,18 @@ def load_expert(
     return pick('backbone.'), pick('head.'), about
 
 # %% ../nbs/11_train.ipynb #205c815e
+@contextmanager
+def made_once(
+    path:str|os.PathLike, # file that shall be made; its folder is made now
+):                        # context manager: within, no other process makes the same file
+    "Wait for whoever makes the file already. Look for it within."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f'.lock-{path.name}'), 'w') as f:
+        with suppress(OSError): fcntl.flock(f, fcntl.LOCK_EX) # no locks here: then both make it
+        try: yield
+        finally: Path(f.name).unlink(missing_ok=True)
+
 def train_expert(
     backbone:nn.Module,                 # base; left as it is
     task:DatasetDict,                   # encoded task
@@ -301,18 +315,20 @@ def train_expert(
     "Fine-tune one expert, or find it in the cache."
     path = Path(cache)/f'{key}.safetensors'
     if path.exists(): return path
-    t0, before = time.time(), {k: v.clone() for k, v in backbone.state_dict().items()}
-    torch.set_num_threads(recipe.threads)
-    try:
-        if init: backbone.load_state_dict(before | dict(init))
-        with adapted(backbone, recipe):
-            model = Classifier(backbone, classes, recipe.seed)
-            if head: model.head.load_state_dict(dict(head))
-            log = finetune(model, task['train'], recipe, pad_id, tell, **tracking)
-        state = {k: v.clone() for k, v in backbone.state_dict().items() if not _frozen(f'backbone.{k}', recipe.freeze)}
-        about = dict(recipe=asdict(recipe), seconds=time.time() - t0, log=log, torch=torch.__version__)
-        save_expert(path, state, model.head.state_dict(), about)
-    finally: backbone.load_state_dict(before)
+    with made_once(path):
+        if path.exists(): return path
+        t0, before = time.time(), {k: v.clone() for k, v in backbone.state_dict().items()}
+        torch.set_num_threads(recipe.threads)
+        try:
+            if init: backbone.load_state_dict(before | dict(init))
+            with adapted(backbone, recipe):
+                model = Classifier(backbone, classes, recipe.seed)
+                if head: model.head.load_state_dict(dict(head))
+                log = finetune(model, task['train'], recipe, pad_id, tell, **tracking)
+            state = {k: v.clone() for k, v in backbone.state_dict().items() if not _frozen(f'backbone.{k}', recipe.freeze)}
+            about = dict(recipe=asdict(recipe), seconds=time.time() - t0, log=log, torch=torch.__version__)
+            save_expert(path, state, model.head.state_dict(), about)
+        finally: backbone.load_state_dict(before)
     return path
 
 # %% ../nbs/11_train.ipynb #7e79bedd
@@ -354,16 +370,19 @@ def train_together(
 )->Path:                                 # `path`: parameters and heads `task.weight`, `task.bias`
     "Train one backbone on rows of several tasks; a finished file is not made again."
     if (path := Path(path)).exists(): return path
-    t0, before = time.time(), {k: v.clone() for k, v in backbone.state_dict().items()}
-    torch.set_num_threads(recipe.threads)
-    try:
-        if init: backbone.load_state_dict(before | dict(init))
-        with adapted(backbone, recipe):
-            log = finetune(model := Heads(backbone, list(heads.values()), penalty), rows, recipe, pad_id, tell)
-        state = {k: v.clone() for k, v in backbone.state_dict().items() if not _frozen(f'backbone.{k}', recipe.freeze)}
-        named = {f'{n}.{k}': v for n, h in zip(heads, model.split()) for k, v in h.items()}
-        save_expert(path, state, named, dict(recipe=asdict(recipe), seconds=time.time() - t0, log=log, torch=torch.__version__))
-    finally: backbone.load_state_dict(before)
+    with made_once(path):
+        if path.exists(): return path
+        t0, before = time.time(), {k: v.clone() for k, v in backbone.state_dict().items()}
+        torch.set_num_threads(recipe.threads)
+        try:
+            if init: backbone.load_state_dict(before | dict(init))
+            with adapted(backbone, recipe):
+                log = finetune(model := Heads(backbone, list(heads.values()), penalty), rows, recipe, pad_id, tell)
+            state = {k: v.clone() for k, v in backbone.state_dict().items() if not _frozen(f'backbone.{k}', recipe.freeze)}
+            named = {f'{n}.{k}': v for n, h in zip(heads, model.split()) for k, v in h.items()}
+            about = dict(recipe=asdict(recipe), seconds=time.time() - t0, log=log, torch=torch.__version__)
+            save_expert(path, state, named, about)
+        finally: backbone.load_state_dict(before)
     return path
 
 def replayed(
