@@ -286,7 +286,7 @@ def load_expert(
     pick = lambda part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
     return pick('backbone.'), pick('head.'), about
 
-# %% ../nbs/11_train.ipynb #205c815e
+# %% ../nbs/11_train.ipynb #0097549e
 @contextmanager
 def made_once(
     path:str|os.PathLike, # file that shall be made; its folder is made now
@@ -299,6 +299,7 @@ def made_once(
         try: yield
         finally: Path(f.name).unlink(missing_ok=True)
 
+# %% ../nbs/11_train.ipynb #205c815e
 def train_expert(
     backbone:nn.Module,                 # base; left as it is
     task:DatasetDict,                   # encoded task
