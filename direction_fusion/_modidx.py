@@ -1367,6 +1367,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'direction_fusion.study._penalty': ('study.html#_penalty', 'direction_fusion/study.py'),
                                         'direction_fusion.study._pixels': ('study.html#_pixels', 'direction_fusion/study.py'),
                                         'direction_fusion.study._plain': ('study.html#_plain', 'direction_fusion/study.py'),
+                                        'direction_fusion.study._recalibrated': ('study.html#_recalibrated', 'direction_fusion/study.py'),
+                                        'direction_fusion.study._recalibration': ('study.html#_recalibration', 'direction_fusion/study.py'),
                                         'direction_fusion.study._record': ('study.html#_record', 'direction_fusion/study.py'),
                                         'direction_fusion.study._replay_rows': ('study.html#_replay_rows', 'direction_fusion/study.py'),
                                         'direction_fusion.study._save': ('study.html#_save', 'direction_fusion/study.py'),

@@ -40,6 +40,7 @@ from .calibrated import covariances, fishers, merged_covariances
 from .core import apply_tau, atomic_path, fingerprint, module_roles, task_vector
 from .fusion import Fusion
 from .geometry import cosines
+from .heads import head_inputs, recalibrate
 from .methods import METHODS, check_params, get_method
 from .metrics import metrics, pack_bits
 from .plots import summary_table
@@ -81,6 +82,7 @@ class Study:
     protocol:str='base'  # what an expert is fine-tuned from: 'base', 'previous' expert or 'fused' model so far
     heads:str='own'      # 'own': one per task, never fused; 'joined': all of them answer at once; 'shared': one head, fused too
     lora_rank:int=0      # experts are LoRA adapters of that rank, merged into weights; 0: everything is trained
+    recalibrate:float=0. # ridge with which every expert's head is fitted to the fused model on a few inputs; 0: heads stay
     executor:str='local' # 'local' processes or 'slurm'
     slurm:str=''         # for SLURM, e.g. 'partition=short, time=60, mem=8G, gpus=1, account=mine'
 
@@ -161,7 +163,10 @@ def _checked(study:Study)->Study: # raises before anything runs
     for n, choices in _CHOICES.items():
         if (got := getattr(study, n)) not in choices:
             raise ValueError(f"study {study.name!r}: `{n}` must be one of {', '.join(choices)}, got {got!r}")
-    if study.lora_rank < 0: raise ValueError(f"study {study.name!r}: `lora_rank` must be at least 0, got {study.lora_rank}")
+    for n in ('lora_rank', 'recalibrate'):
+        if not 0 <= (got := getattr(study, n)) < math.inf: raise ValueError(f"study {study.name!r}: `{n}` must be at least 0, got {got}")
+    if study.recalibrate and study.heads == 'shared':
+        raise ValueError(f"study {study.name!r}: `recalibrate` fits a head per task, and `heads = shared` has one for all")
     if study.tracking != 'none' and find_spec(study.tracking) is None:
         raise ValueError(f"study {study.name!r}: `tracking = {study.tracking}` needs the package {study.tracking}; "
                          f"install it with pip install {study.tracking}")
@@ -283,7 +288,7 @@ def _load(study:Study)->SimpleNamespace: # what `bench` gives
 
 # %% ../nbs/14_study.ipynb #3d57dce8
 _BESIDE = ('lr', 'head_lr', 'epochs', 'batch_size', 'weight_decay', 'warmup', 'precision', 'methods', 'seeds', 'orders',
-           'workers', 'tracking', 'evaluate', 'stat_examples', 'protocol', 'lora_rank', 'executor', 'slurm') # no part of it
+           'workers', 'tracking', 'evaluate', 'stat_examples', 'protocol', 'lora_rank', 'recalibrate', 'executor', 'slurm') # no part of it
 
 def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes, prints, pad
     "Model and encoded tasks of a study; a process loads them once, whatever else of the study is set otherwise."
@@ -614,10 +619,34 @@ def folding(
             made, norm = make(names)
             note = dict(print=fingerprint(made), norm=norm, seconds=time.perf_counter() - t0)
             with atomic_path(path) as p: p.write_text(json.dumps(note))
-        return SimpleNamespace(**json.loads(path.read_text()), state=lambda: make(names)[0] if made is None else made)
+        out = SimpleNamespace(**json.loads(path.read_text()), state=lambda: make(names)[0] if made is None else made)
+        if study.recalibrate: out.heads = _recalibrated(study, experts, files, names, out)
+        return out
     return fused
 
-# %% ../nbs/14_study.ipynb #f06f9996
+# %% ../nbs/14_study.ipynb #49b86009
+def _recalibration(study:Study)->list: # all that decides a new head but the models
+    code = sorted(map(str, _called([recalibrate, head_inputs], {}).items()))
+    return [code, study.recalibrate, study.stat_examples, study.data_seed, study.max_tokens]
+
+def _recalibrated(study:Study, experts:Mapping, files:Mapping, names:Sequence[str], model:SimpleNamespace)->dict: # task → head
+    b, heads, how = bench(study), {n: e[1] for n, e in experts.items()}, _recalibration(study)
+    key = lambda n: digest('head', how, b.print, model.print, files[n].stem, b.prints[n])
+    paths = {n: study.cache/'heads'/f'{key(n)}.safetensors' for n in names}
+    def look(state, n): # features and logits
+        b.backbone.load_state_dict(b.state | dict(state))
+        net = Classifier(b.backbone, len(heads[n]['bias'])).eval()
+        net.head.load_state_dict(heads[n])
+        return head_inputs(net, net.head, stat_inputs(study, n))
+    try:
+        fused = model.state() if (missing := [n for n in names if not paths[n].exists()]) else {}
+        for n in missing:
+            targets, features = look(experts[n][0], n)[1], look(fused, n)[0]
+            new = recalibrate(heads[n]['weight'], heads[n]['bias'], features, targets, study.recalibrate)
+            with atomic_path(paths[n]) as p: save_file(dict(zip(('weight', 'bias'), new)), p)
+    finally: b.backbone.load_state_dict(b.state)
+    return heads | {n: load_file(p) for n, p in paths.items()}
+
 def validation_accuracy(
     study:Study,                   # the study
     state:Mapping|Callable,        # backbone parameters, or a function that makes them
@@ -783,6 +812,7 @@ def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, ex
     if m.needs in MEASURED:
         inputs['statistics'] = dict(kind=m.needs, part='train', labels=False,
                                     examples={n: sum(len(x['index']) for x in stat_inputs(study, n)) for n in names})
+    if study.recalibrate: inputs['recalibrate'] = dict(rho=study.recalibrate, part='train', labels=False, examples=study.stat_examples)
     return Record(
         study.name, label, f"{m.title} {method_label('', params)}".strip(), full, seed, order, names,
         R, R_macro, level(own), level(probe), cosines(taus).numpy(), np.array([t.norm() for t in taus]), norms,
@@ -790,7 +820,6 @@ def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, ex
         dict(fuse=fuse_s, total=time.perf_counter() - t0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         dict(n=[len(truth[n]) for n in names], R=hits, experts=bits(own), probe=bits(probe)), FORMAT)
 
-# %% ../nbs/14_study.ipynb #8b320e99
 def probe_predictions(study:Study, task:str)->np.ndarray: # (n,) predicted classes
     "What a linear probe on the base answers on the test split, from the cache if it is there."
     b = bench(study)
@@ -807,7 +836,8 @@ def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: 
     return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], recipe_key(recipe_of(study, seed)),
                   method_label(method, params), seed, code_print(method), study.evaluate,
                   *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')),
-                  [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else [])
+                  [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else [],
+                  *[_recalibration(study)] * (study.recalibrate > 0))
 
 # %% ../nbs/14_study.ipynb #7c6bf22a
 def settings(
