@@ -164,7 +164,8 @@ def _checked(study:Study)->Study: # raises before anything runs
         if (got := getattr(study, n)) not in choices:
             raise ValueError(f"study {study.name!r}: `{n}` must be one of {', '.join(choices)}, got {got!r}")
     for n in ('lora_rank', 'recalibrate'):
-        if not 0 <= (got := getattr(study, n)) < math.inf: raise ValueError(f"study {study.name!r}: `{n}` must be at least 0, got {got}")
+        if not 0 <= (got := getattr(study, n)) < math.inf:
+            raise ValueError(f"study {study.name!r}: `{n}` must be at least 0, got {got}")
     if study.recalibrate and study.heads == 'shared':
         raise ValueError(f"study {study.name!r}: `recalibrate` fits a head per task, and `heads = shared` has one for all")
     if study.tracking != 'none' and find_spec(study.tracking) is None:
@@ -288,7 +289,8 @@ def _load(study:Study)->SimpleNamespace: # what `bench` gives
 
 # %% ../nbs/14_study.ipynb #3d57dce8
 _BESIDE = ('lr', 'head_lr', 'epochs', 'batch_size', 'weight_decay', 'warmup', 'precision', 'methods', 'seeds', 'orders',
-           'workers', 'tracking', 'evaluate', 'stat_examples', 'protocol', 'lora_rank', 'recalibrate', 'executor', 'slurm') # no part of it
+           'workers', 'tracking', 'evaluate', 'stat_examples', 'protocol', 'lora_rank',
+           'recalibrate', 'executor', 'slurm') # no part of it
 
 def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes, prints, pad
     "Model and encoded tasks of a study; a process loads them once, whatever else of the study is set otherwise."
@@ -812,7 +814,8 @@ def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, ex
     if m.needs in MEASURED:
         inputs['statistics'] = dict(kind=m.needs, part='train', labels=False,
                                     examples={n: sum(len(x['index']) for x in stat_inputs(study, n)) for n in names})
-    if study.recalibrate: inputs['recalibrate'] = dict(rho=study.recalibrate, part='train', labels=False, examples=study.stat_examples)
+    if study.recalibrate:
+        inputs['recalibrate'] = dict(rho=study.recalibrate, part='train', labels=False, examples=study.stat_examples)
     return Record(
         study.name, label, f"{m.title} {method_label('', params)}".strip(), full, seed, order, names,
         R, R_macro, level(own), level(probe), cosines(taus).numpy(), np.array([t.norm() for t in taus]), norms,
