@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Job', 'orders_of', 'planned', 'study_jobs', 'check_parameters', 'heartbeat', 'run_notebook', 'run_jobs',
-           'read_records', 'records', 'stand_ins', 'times', 'run_study', 'tune_jobs', 'choices', 'compared_methods',
-           'findings', 'write_tables', 'to_markdown', 'publish']
+           'read_records', 'records', 'stand_ins', 'gpu_of', 'times', 'run_study', 'tune_jobs', 'choices',
+           'compared_methods', 'findings', 'write_tables', 'to_markdown', 'publish']
 
 # %% ../nbs/15_runner.ipynb #995a1499
 import contextlib
@@ -31,10 +31,10 @@ from .cluster import Cluster, slurm_options
 from .core import atomic_path
 from .methods import METHODS, get_method
 from .plots import common_runs, differences, summary_numbers, summary_table
-from .study import (EVALUATE, MEASURED, Record, Study, baseline, bench, chain, check_sources, choose, expert, left_out,
-                                    load_study, method_label, method_specs, probe_predictions, read_record, record_path,
+from .study import (EVALUATE, MEASURED, Record, Study, baseline, bench, chain, check_sources, choose, expert,
+                                    left_out, load_study, method_label, method_specs, probe_predictions, read_record, record_path,
                                     run_key, settings, study_params, task_order)
-from .tracking import close, track, tracking_env
+from .tracking import close, track, track_figures, tracking_env
 from .train import digest
 
 # %% ../nbs/15_runner.ipynb #63a58498
@@ -176,9 +176,12 @@ def _notebook(study:Study, name:str, tell:Callable)->dict|None: # executes nbs/a
     code = [Path(m.__file__).read_text() for m in (metrics_module, plots_module)]
     key, note = digest(what, (Path(study.root)/'nbs'/'analysis'/f'{name}.ipynb').read_text(), code, seen), study.runs/f'.{name}'
     if (study.runs/'figures'/f'{name}.svg').exists() and note.exists() and note.read_text() == key: return # drawn already
-    spent = {}
+    spent, t0 = {}, time.time()
     with _clock(spent, 'figures'): run_notebook(study.root, name, study.runs/f'{name}.ipynb', what, tell)
     with atomic_path(note) as p: p.write_text(key)
+    drawn = [p for p in sorted((study.runs/'figures').glob('*.png')) if p.stat().st_mtime >= t0]
+    try: track_figures(study.tracking, study.name, name, drawn)
+    except Exception as e: traceback.print_exc(); spent['warning'] = f'not tracked by {study.tracking}: {e}'
     return spent
 
 # %% ../nbs/15_runner.ipynb #0aed9fcb
@@ -349,9 +352,23 @@ def _stand_in(r:Record, like:Record)->Record: # `r` in the order of `like`, as f
                    metrics={k: v if k in ('ACC', 'NACC') else np.nan for k, v in r.metrics.items()})
 
 # %% ../nbs/15_runner.ipynb #c746249f
+def gpu_of(
+    worker:str,        # name of the process, such as 'LokyProcess-3'
+    visible:str|None,  # CUDA_VISIBLE_DEVICES, if it is set
+    count:int,         # GPUs that it shows
+)->str|None:           # what CUDA_VISIBLE_DEVICES becomes; None: as it is
+    "Workers take turns with the GPUs, so that each trains its expert on one."
+    if count < 2: return None
+    names = visible.split(',') if visible else list(map(str, range(count)))
+    return names[int(re.search(r'\d*$', worker)[0] or 0) % len(names)]
+
 def _start_worker()->None: # before the first job of a worker process
     import matplotlib
+    import torch
     from joblib.externals.loky import process_executor
+    from multiprocessing import current_process
+    one = gpu_of(current_process().name, os.environ.get('CUDA_VISIBLE_DEVICES'), torch.cuda.device_count())
+    if one is not None: os.environ['CUDA_VISIBLE_DEVICES'] = one
     matplotlib.use('Agg')
     process_executor._MAX_MEMORY_LEAK_SIZE = float('inf')
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches all processes; the runner alone answers, and ends its workers

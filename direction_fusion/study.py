@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALL', 'FEW', 'EVALUATE', 'MEASURED', 'TRAINING', 'FORMAT', 'Study', 'find_root', 'read_settings', 'studies',
-           'load_study', 'task_specs', 'recipe_of', 'study_params', 'parse_method', 'method_label', 'unfit', 'left_out',
-           'method_specs', 'check_heads', 'bench', 'check_sources', 'task_order', 'start', 'expert', 'chain', 'answers',
-           'labels', 'stat_inputs', 'statistics', 'Record', 'write_record', 'read_record', 'code_print', 'versions',
-           'commit', 'record_path', 'folding', 'validation_accuracy', 'gather', 'baseline', 'run_method',
-           'probe_predictions', 'run_key', 'settings', 'choose']
+           'load_study', 'task_specs', 'recipe_of', 'study_params', 'stored_bytes', 'parse_method', 'method_label',
+           'unfit', 'left_out', 'method_specs', 'check_heads', 'bench', 'check_sources', 'task_order', 'start',
+           'expert', 'chain', 'answers', 'labels', 'stat_inputs', 'statistics', 'Record', 'write_record', 'read_record',
+           'code_print', 'versions', 'commit', 'record_path', 'folding', 'validation_accuracy', 'gather', 'baseline',
+           'run_method', 'probe_predictions', 'run_key', 'settings', 'choose']
 
 # %% ../nbs/14_study.ipynb #e041a133
 import ast
@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 import direction_fusion
 from .calibrated import covariances, fishers, merged_covariances
 from .core import apply_tau, atomic_path, fingerprint, module_roles, task_vector
-from .fusion import Fusion
+from .fusion import Fusion, moving, step_state, takes_rule
 from .geometry import cosines
 from .heads import head_inputs, recalibrate
 from .methods import METHODS, check_params, get_method
@@ -101,6 +101,7 @@ def find_root(
                      "or write one section for your study")
 
 ALL = dict(seeds=None, orders=('all',)) # the word in place of numbers
+FEW = 4 # tasks, of which every order has a number
 _KEYS = [f.name for f in fields(Study)][3:]
 _TYPES = {f.name: f.type for f in fields(Study)}
 _OPTIONAL = [f.name for f in fields(Study) if f.default is not MISSING]
@@ -151,7 +152,6 @@ def load_study(
     return _checked(study)
 
 # %% ../nbs/14_study.ipynb #650b52c2
-FEW = 4 # tasks of which every order has a number
 EVALUATE = 'last', 'seen', 'next', 'all' # each holds what the one before it does
 _CHOICES = dict(precision=('auto', 'float32', 'bfloat16'), evaluate=EVALUATE, tracking=('none', 'wandb', 'trackio'),
                 protocol=('base', 'previous', 'fused'), heads=('own', 'joined', 'shared'), executor=('local', 'slurm'))
@@ -173,14 +173,13 @@ def _checked(study:Study)->Study: # raises before anything runs
                          f"install it with pip install {study.tracking}")
     if not study.seeds or not study.orders:
         raise ValueError(f"study {study.name!r}: `seeds` and `orders` need at least one number each")
-    if study.orders == ALL['orders']:
-        raise ValueError(f"study {study.name!r}: `orders = all` is for at most {FEW} tasks, this study has {len(study.tasks)}")
-    if len(study.tasks) <= FEW and max(study.orders) >= (n := math.factorial(len(study.tasks))):
-        raise ValueError(f"study {study.name!r}: {len(study.tasks)} tasks have the orders 0 to {n - 1}, got {max(study.orders)}")
+    T, n = len(study.tasks), math.factorial(len(study.tasks))
+    if study.orders == ALL['orders']: raise ValueError(f"study {study.name!r}: `orders = all` is for up to {FEW} tasks, got {T}")
+    if T <= FEW and max(study.orders) >= n:
+        raise ValueError(f"study {study.name!r}: {T} tasks have the orders 0 to {n - 1}, got {max(study.orders)}")
     if study.protocol == 'fused' and study.heads != 'shared' and study.evaluate not in ('last', 'seen'):
         raise ValueError(f"study {study.name!r}: `protocol = fused` knows no head of a task to come; set `evaluate = seen`")
-    recipe_of(study, study.seeds[0])
-    method_specs(study)
+    recipe_of(study, study.seeds[0]); method_specs(study)
     return study
 
 def task_specs(study:Study)->dict[str, dict]: # task → keys of its section
@@ -206,6 +205,29 @@ def study_params(
         if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < math.inf:
             raise ValueError(f"`norm` of {method} must be a positive number, got {norm!r}")
     return check_params(m, rest, method), norm
+
+def stored_bytes(study:Study, method:str, params:Mapping)->int|None: # None for a baseline that trains
+    "What must be kept so that one more expert can be fused: a sequential method's state, or else all the experts."
+    known, key = bench(study).ready, ('stored', method_label(method, params), study.heads, len(study.tasks))
+    if key not in known: known[key] = _stored(study, method, params)
+    return known[key]
+
+def _stored(study:Study, method:str, params:Mapping)->int|None:
+    m, (base, roles), found = get_method(method), start(study, study.seeds[0]), {}
+    size = lambda x: (sum(map(size, x.values())) if isinstance(x, Mapping) else sum(map(size, x)) if isinstance(x, list | tuple)
+                      else x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0)
+    if m.kind == 'training': return None
+    if m.kind != 'sequential': return len(study.tasks) * sum(size(base[k]) for k in moving(roles, 'fuse'))
+    full, g = study_params(method, params)[0], torch.Generator().manual_seed(0)
+    for k in moving(roles, 'fuse'):
+        if (like := (base[k].shape, roles[k])) in found: continue # a state's size is one of shapes: two random deltas tell it
+        state, own = {}, takes_rule(m, roles[k], base[k].ndim)
+        stats = {m.needs: torch.eye(base[k].shape[-1])} if m.needs and own else None
+        for t in range(2):
+            delta = torch.randn(base[k].shape, generator=g).to(base[k].dtype)
+            state = step_state(m, full, k, state, delta, base[k], roles[k], 1., 0, t, stats)
+        found[like] = size(state)
+    return sum(found[base[k].shape, roles[k]] for k in moving(roles, 'fuse'))
 
 # %% ../nbs/14_study.ipynb #53f864ac
 def parse_method(
@@ -810,7 +832,7 @@ def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, ex
     full |= {} if norm is None else dict(norm=norm)
     taus = [task_vector(start(study, seed)[0], e[0], n) for n, e in experts.items()]
     inputs = dict(base=b.print, tasks={n: b.prints[n] for n in names}, experts={n: f.stem for n, f in files.items()},
-                  recipe=asdict(recipe_of(study, seed)))
+                  recipe=asdict(recipe_of(study, seed)), stored=stored_bytes(study, method, params))
     if m.needs in MEASURED:
         inputs['statistics'] = dict(kind=m.needs, part='train', labels=False,
                                     examples={n: sum(len(x['index']) for x in stat_inputs(study, n)) for n in names})

@@ -100,7 +100,7 @@ def test_record_holds_the_whole_run(project, finished):
     assert R.shape == (3, 3) and np.isnan(R[np.triu_indices(3, 1)]).all() and (R[np.tril_indices(3)] >= 0).all()
     assert r['tasks'] == ['digits:0-1', 'digits:2-3', 'digits:4-5']
     assert r['seed'] == 0 and r['params'].keys() == {'p', 'rho', 'lam', 'ceiling'}
-    assert set(r['inputs']) == {'base', 'tasks', 'experts', 'recipe'} and r['versions']['torch'] and r['seconds']['total'] > 0
+    assert set(r['inputs']) == {'base', 'tasks', 'experts', 'recipe', 'stored'} and r['inputs']['stored'] > 0 and r['versions']['torch'] and r['seconds']['total'] > 0
 
 
 def test_record_keeps_single_answers(project, finished):

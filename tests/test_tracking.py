@@ -80,7 +80,9 @@ def test_wandb_offline_gets_curves_accuracies_figures_and_record(start):
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'not tracked' not in done.stderr
     found = wandb_runs(root/'runs'/'least'/'tracking')
-    assert sorted(found) == ['digits:0-1 seed 0', 'digits:2-3 seed 0', 'soft_soup seed 0 order 0']
+    assert sorted(found) == ['compare', 'digits:0-1 seed 0', 'digits:2-3 seed 0', 'interference', 'soft_soup seed 0 order 0']
+    drawn = {re.match('[a-z_]+[a-z]', p.name)[0] for n in ('compare', 'interference') for p in found[n][2].rglob('*.png')}
+    assert drawn == {p.stem for p in (root/'runs'/'least'/'figures').glob('*.png')} and 'compare' in drawn
     for task in ('digits:0-1', 'digits:2-3'):
         curve = [s['train/loss'] for s in found[f'{task} seed 0'][0] if 'train/loss' in s]
         assert len(curve) >= 8 and curve[-1] < curve[0]
@@ -105,13 +107,13 @@ def test_trackio_keeps_the_same_on_this_machine(start):
     with sqlite3.connect(folder/'least.db') as db:
         rows = [(name, json.loads(x)) for name, x in db.execute('select run_name, metrics from metrics order by id')]
     by = {n: [x for m, x in rows if m == n] for n, _ in rows}
-    assert sorted(by) == ['digits:0-1 seed 0', 'digits:2-3 seed 0', 'soft_soup seed 0 order 0']
+    assert sorted(by) == ['compare', 'digits:0-1 seed 0', 'digits:2-3 seed 0', 'interference', 'soft_soup seed 0 order 0']
     curve = [x['train/loss'] for x in by['digits:0-1 seed 0'] if 'train/loss' in x]
     assert len(curve) >= 8 and curve[-1] < curve[0]
     last = by['soft_soup seed 0 order 0'][-1]
     assert last['metrics/ACC'] == record(root)['metrics']['ACC']
     assert {k for k in last if k.startswith('figures/')} == {f'figures/{n}' for n in ('accuracy_matrix', 'forgetting', 'interference')}
-    assert len(list(folder.rglob('*.png'))) == 3
+    assert len(list(folder.rglob('*.png'))) == 3 + len(list((root/'runs'/'least'/'figures').glob('*.png')))
 
 
 def test_a_tracker_that_fails_loses_nothing(start, tmp_path):
