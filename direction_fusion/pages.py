@@ -70,7 +70,7 @@ def choices_table(
         row = dict(method=n, title=m.title, family=m.family, kind=m.kind, needs=m.needs, order_free=m.order_free,
                    removable=bool(m.remove), cost=m.cost, seconds=seconds.get(n, np.nan), cite=m.cite)
         for s, rs in rows.get(n, {}).items():
-            mean = lambda key: 100 * np.mean([r.metrics[key] for r in rs])
+            mean = lambda key: 100 * pd.Series([r.metrics[key] for r in rs], dtype=float).mean() # of those that know it
             row |= {f'{s} kept': mean('NACC'), f'{s} lost': mean('F'), f'{s} runs': len(rs),
                     f'{s} setting': rs[0].method[len(n):].strip('()')}
         out.append(row)
@@ -236,8 +236,8 @@ def study_page(
         at = next(p.parent for p in folder.glob('*/seed*-order*/record.json') if p.parent.name == f'seed{r.seed}-order{r.order}'
                   and re.sub(r'[^\w.=-]+', '_', label).strip('_') == p.parent.parent.name)
         link, x = f'{up}/{at.relative_to(folder).as_posix()}', {k: 100 * v for k, v in r.metrics.items()}
-        said = (f"{x['ACC']:.1f} % average accuracy, {x['NACC']:.1f} % of the experts', {x['F']:.1f} points forgotten. "
-                f"[Record]({link}/record.json)")
+        lost = f", {x['F']:.1f} points forgotten" if x['F'] == x['F'] else ''
+        said = f"{x['ACC']:.1f} % average accuracy, {x['NACC']:.1f} % of the experts'{lost}. [Record]({link}/record.json)"
         figures = [_figure(at/f'{n}.svg', f'{link}/{n}.svg') for n in ('accuracy_matrix', 'forgetting')
                    if (at/f'{n}.svg').exists()]
         out.append('\n\n'.join([f'## {r.title}', said, *figures]))
