@@ -1366,6 +1366,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'direction_fusion.study._checked': ('study.html#_checked', 'direction_fusion/study.py'),
                                         'direction_fusion.study._fresh': ('study.html#_fresh', 'direction_fusion/study.py'),
                                         'direction_fusion.study._head': ('study.html#_head', 'direction_fusion/study.py'),
+                                        'direction_fusion.study._inline': ('study.html#_inline', 'direction_fusion/study.py'),
                                         'direction_fusion.study._jsonable': ('study.html#_jsonable', 'direction_fusion/study.py'),
                                         'direction_fusion.study._kept': ('study.html#_kept', 'direction_fusion/study.py'),
                                         'direction_fusion.study._load': ('study.html#_load', 'direction_fusion/study.py'),

@@ -44,7 +44,7 @@ from .heads import head_inputs, recalibrate
 from .methods import METHODS, check_params, get_method
 from .metrics import metrics, pack_bits
 from .plots import summary_table
-from .tasks import batches, check_stream, encode, load_stream, task_fingerprint
+from .tasks import FORMATS, batches, check_stream, encode, load_stream, task_fingerprint
 from .train import (METRICS, Classifier, Recipe, check_images, digest, has_bfloat16, in_memory, linear_probe,
                                     load_backbone, load_expert, model_source, predict, pretrained_vit, recipe_key, replayed,
                                     train_expert, train_together)
@@ -115,6 +115,13 @@ def _parse(name:str, key:str, text:str): # one value of a section
         kind = 'integers' if _TYPES[key] is tuple else _TYPES[key].__name__
         raise ValueError(f"study {name!r}: `{key}` must be {kind}, got {text!r}") from None
 
+def _inline(text:str)->tuple[str, tuple]|None: # task name and the keys of its section; None where `text` is a name alone
+    "A file, or hub:NAME, written where a task is named: 'mail.csv(text=body, label=queue)'."
+    m = re.fullmatch(r'(hub:)?\s*([^()]+?)\s*(?:\((.*)\))?', text)
+    if not m or not m[1] and Path(m[2]).suffix.lower() not in FORMATS: return None
+    pairs = [p.partition('=')[::2] for p in (m[3] or '').split(',') if p.strip()]
+    return Path(m[2]).stem, (('hub' if m[1] else 'path', m[2]), *((k.strip(), v.strip()) for k, v in pairs))
+
 # %% ../nbs/14_study.ipynb #0d5bb0a6
 def read_settings(
     root:str|os.PathLike, # folder with a `settings.ini`
@@ -146,7 +153,10 @@ def load_study(
         raise ValueError(f"study {name!r}: missing key {missing[0]!r}; set it in [{name}] or [DEFAULT]; "
                          f"valid keys are {', '.join(_KEYS)}")
     specs = tuple((s.removeprefix('task:'), tuple(sorted(cfg[s].items()))) for s in cfg.sections() if s.startswith('task:'))
-    study = Study(name, str(root), specs, **{k: _parse(name, k, v) for k, v in given.items()} | override)
+    given = {k: _parse(name, k, v) for k, v in given.items()} | override
+    own = {t: _inline(t) for t in given['tasks']}
+    given['tasks'] = tuple(f[0] if f else t for t, f in own.items())
+    study = Study(name, str(root), specs + tuple(f for f in own.values() if f), **given)
     if study.orders == ALL['orders'] and len(study.tasks) <= FEW:
         study = replace(study, orders=tuple(range(math.factorial(len(study.tasks)))))
     return _checked(study)
