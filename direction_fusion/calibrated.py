@@ -15,16 +15,19 @@ from .core import is_fusable
 
 # %% ../nbs/07_calibrated.ipynb #f2ec3ee5
 def _right_solve(
-    B:Tensor,  # (d_out, d_in)
-    C:Tensor,  # (d_in, d_in) float64, symmetric, no negative eigenvalues
+    B:Tensor,  # (d_out, d_in), may be overwritten
+    C:Tensor,  # (d_in, d_in) symmetric, no negative eigenvalues
+    mean:Tensor,# (d_out, d_in) what X is near to where C does not decide
     eps:float  # rounding of the numbers that C was made from
-)->Tensor:     # (d_out, d_in) X with X C = B, smallest where C does not decide
+)->Tensor:     # (d_out, d_in) X with X C = B
     "B C⁻¹ by Cholesky on unit diagonals; by the pseudo-inverse where that is singular."
     d = C.diagonal().clamp_min(0).sqrt()
     inv = torch.where(d > 0, 1 / d, 0)
-    L, failed = torch.linalg.cholesky_ex(C * inv * inv[:, None] + torch.diag((d == 0).double()))
-    if failed or L.diagonal().min() ** 2 < 10 * eps: return B @ torch.linalg.pinv(C, hermitian=True, rtol=10 * eps).to(B.dtype)
-    return B @ (torch.cholesky_inverse(L) * inv * inv[:, None]).to(B.dtype)
+    L, failed = torch.linalg.cholesky_ex((C * inv).mul_(inv[:, None]) + torch.diag((d == 0).to(C)))
+    if failed or L.diagonal().min() ** 2 < 10 * eps:
+        return mean + (B - mean.to(B) @ C).double() @ torch.linalg.pinv(C.double(), hermitian=True, rtol=10 * eps)
+    X = torch.cholesky_solve(B.mul_(inv).mT, L).mT.mul_(inv)
+    return X if d.all() else torch.where(d > 0, X, mean.to(X))
 
 # %% ../nbs/07_calibrated.ipynb #ee8f8da6
 def regmean(
@@ -38,16 +41,16 @@ def regmean(
     want = (len(deltas), deltas.shape[2], deltas.shape[2])
     if covariances is None: raise ValueError(f"`covariances` of shape {want} are needed for every linear map, got none")
     if covariances.shape != want: raise ValueError(f"`covariances` must have shape {want}, got {tuple(covariances.shape)}")
-    total = covariances[0].to(torch.float64, copy=True)
-    for C in covariances[1:]: total += C
-    if not torch.isfinite(total).all(): raise ValueError("`covariances` must be finite, got NaN or infinity")
-    mean, wide = deltas.mean(0), torch.float64 if alpha > .95 else torch.promote_types(deltas.dtype, covariances.dtype)
-    off = torch.zeros_like(mean, dtype=wide)
-    for d, C in zip(deltas, covariances.to(wide)):
-        d = (d - mean).to(wide)
-        off.addmm_(d, C, alpha=alpha).addcmul_(d, C.diagonal(), value=1 - alpha)
-    total = alpha * total + (1 - alpha) * total.diagonal().diag()
-    return (lam * (mean + _right_solve(off, total, torch.finfo(covariances.dtype).eps))).to(deltas.dtype)
+    wide = torch.float64 if alpha > .95 else torch.promote_types(deltas.dtype, covariances.dtype)
+    B, total = torch.zeros_like(deltas[0], dtype=wide), torch.zeros_like(covariances[0], dtype=wide)
+    one = torch.empty_like(total)
+    for d, C in zip(deltas, covariances):
+        one.copy_(C).mul_(alpha).diagonal().copy_(C.diagonal())
+        total += one
+        B.addmm_(d.to(wide), one)
+    if not torch.isfinite(total.sum()): raise ValueError("`covariances` must be finite, got NaN or infinity")
+    X = _right_solve(B, total, deltas.mean(0), torch.finfo(covariances.dtype).eps)
+    return (X if lam == 1 else lam * X).to(deltas.dtype)
 
 # %% ../nbs/07_calibrated.ipynb #3daf8945
 def linear_layers(
