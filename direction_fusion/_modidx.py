@@ -838,6 +838,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'direction_fusion/methods.py'),
                                           'direction_fusion.methods.methods_table': ( 'methods.html#methods_table',
                                                                                       'direction_fusion/methods.py'),
+                                          'direction_fusion.methods.parameters_table': ( 'methods.html#parameters_table',
+                                                                                         'direction_fusion/methods.py'),
                                           'direction_fusion.methods.peers_table': ( 'methods.html#peers_table',
                                                                                     'direction_fusion/methods.py'),
                                           'direction_fusion.methods.register': ('methods.html#register', 'direction_fusion/methods.py')},

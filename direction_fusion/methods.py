@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLOTS', 'METHODS', 'PEERS', 'mean_merged', 'Method', 'hyperparameters', 'accepted', 'check_params', 'get_method',
-           'register', 'load_plugins', 'methods_table', 'peers_table']
+           'register', 'load_plugins', 'methods_table', 'parameters_table', 'peers_table']
 
 # %% ../nbs/08_methods.ipynb #ac139c95
 import difflib
@@ -60,7 +60,7 @@ class Method:
     cost:str='T·d_out·d_in'              # operations per matrix
     ranges:dict=field(default_factory=dict)    # hyper-parameter → (low, high) or tuple of choices
     grid:dict=field(default_factory=dict)      # hyper-parameter → values tried on validation data
-    published:dict=field(default_factory=dict) # the paper's defaults where ours differ
+    published:dict=field(default_factory=dict) # what the paper or its released code takes
     most:int|None=None                   # most experts that the rule takes
     per_expert:tuple[str, ...]=()        # hyper-parameters that may be a list with one value per expert
     options:dict=field(default_factory=dict)   # hyper-parameters of a baseline that trains, with their defaults
@@ -120,7 +120,7 @@ def _on_weights(p:dict)->bool: return p['on'] == 'weight' and p['lam'] == 1     
 METHODS:dict[str, Method] = dict(
     soft_soup=Method(
         'Soft Soup', 'soup', 'Wortsman et al. 2022, arXiv:2203.05482, §2', add=soup_add, merged=soup_merged, remove=soup_remove,
-        ranges=dict(lam=_positive), grid=_MEAN, chunk='entry', base_free=lambda p: p['lam'] == 1,
+        ranges=dict(lam=_positive), grid=_MEAN, published=dict(lam=1.), chunk='entry', base_free=lambda p: p['lam'] == 1,
         linear=lambda w, scan, p: (w, 0., p['lam'], sum(w) or 1.),
         variant='weighted mean; λ = 1 is the paper\'s'),
     greedy_soup=Method(
@@ -128,7 +128,8 @@ METHODS:dict[str, Method] = dict(
         order_free=False, variant='in order of arrival; the paper sorts by accuracy'),
     task_arithmetic=Method(
         'Task arithmetic', 'baseline', 'Ilharco et al. 2023, arXiv:2212.04089, §4', add=sum_add, merged=sum_merged,
-        remove=sum_remove, fallback=(sum_add, sum_merged, sum_remove), ranges=dict(lam=_any), grid=_SUM, chunk='entry',
+        remove=sum_remove, fallback=(sum_add, sum_merged, sum_remove), ranges=dict(lam=_any), grid=_SUM, published=dict(lam=.3),
+        chunk='entry',
         linear=lambda w, scan, p: (w, 0., p['lam'], 1.)),
     sequential=Method(
         'Sequential fine-tuning', 'baseline', 'no fusion: each task continues from the last', order_free=False, needs='training',
@@ -156,7 +157,7 @@ METHODS |= dict(
         most=2, variant='whole weights (on=weight), as mergekit; mergekit walks straight above cosine 0.9995'),
     nuslerp=Method(
         'NuSLERP', 'soup', 'mergekit 0.1.5\'s nuslerp', rule=nuslerp, **_SPHERE, most=2,
-        ranges=_ON_SPHERE, grid=_MEAN,
+        ranges=_ON_SPHERE, grid=_MEAN, published=dict(grain='tensor'),
         variant='deltas, as mergekit with a base; on=weight as without'),
     multislerp=Method(
         'Multi-SLERP', 'soup', 'mergekit 0.1.5\'s multislerp', rule=multislerp, **_SPHERE,
@@ -164,12 +165,12 @@ METHODS |= dict(
         variant='normalised mean of directions, which is what mergekit\'s tangent step comes to; deltas, as with a base'),
     karcher=Method(
         'Karcher mean', 'soup', 'Karcher 1977; arXiv:2603.04972; mergekit\'s karcher', rule=karcher, **_SPHERE,
-        ranges=_ON_SPHERE, grid=_MEAN,
+        ranges=_ON_SPHERE, grid=_MEAN, published=dict(on='weight', grain='tensor'),
         variant='whole weights as one vector each, as mergekit; to the precision of float64'),
     model_stock=Method(
         'Model Stock', 'soup', 'Jang et al. 2024, arXiv:2403.19522', rule=model_stock, scan=gram_scan, chunk=_span_chunk,
         cost='T²·d_out·d_in',
-        ranges=dict(grain=GRAINS, lam=_positive), grid=dict(lam=[.5, 1., 1.5, 2., 3., 4., 6., 8., 12.]),
+        ranges=dict(grain=GRAINS, lam=_positive), grid=dict(lam=[.5, 1., 1.5, 2., 3., 4., 6., 8., 12.]), published=dict(grain='tensor', lam=1.),
         variant='mean pairwise cosine; the base where it is not positive (mergekit extrapolates); '
                 'grain=row as mergekit\'s filter_wise'))
 
@@ -231,18 +232,19 @@ METHODS |= dict(
         'TIES', 'sparse', 'Yadav et al. 2023, arXiv:2306.01708, algorithm 1', rule=ties, survey=ties_survey,
         scan=ties_scan, chunk='entry', per_expert=('density',), cost='T·d_out·d_in',
         ranges=dict(density=_share, lam=_any, scope=SCOPES, weigh=WEIGH), grid=_MEAN,
+        published=dict(density=.2, lam=1., scope='model'),
         variant='threshold over the whole task vector; scope=tensor as mergekit and PEFT; '
                 'weigh=before as mergekit, after as PEFT'),
     dare=Method(
         'DARE', 'sparse', 'Yu et al. 2023, arXiv:2311.03099, §3.1', rule=dare, random=True, per_expert=('p',),
         order_free=False, cost='T·d_out·d_in',
-        ranges=dict(p=(0, .999), rescale=RESCALE, combine=COMBINE, lam=_any), grid=_SUM,
+        ranges=dict(p=(0, .999), rescale=RESCALE, combine=COMBINE, lam=_any), grid=_SUM, published=dict(p=.9),
         variant='rescaled by 1/(1 − p); rescale=l1 as mergekit. The order of experts decides which mask each draws'),
     della=Method(
         'DELLA', 'sparse', 'Deep et al. 2024, arXiv:2406.11617', rule=della, random=True, per_expert=('p', 'epsilon'),
         order_free=False,
         cost='T·d_out·d_in·log d_in', ranges=dict(p=(0, .999), epsilon=_share, grain=GRAINS, rescale=RESCALE, combine=COMBINE,
-        lam=_any), grid=_MEAN,
+        lam=_any), grid=_MEAN, published=dict(grain='row', combine='ties'),
         variant='ε is the full width, mergekit\'s epsilon half of it; rescale=l1 as mergekit. '
                 'The order decides which mask each draws'),
     breadcrumbs=Method(
@@ -250,15 +252,16 @@ METHODS |= dict(
         per_expert=('density', 'gamma'),
         cost='T·d_out·d_in',
         ranges=dict(density=_share, gamma=_share, combine=COMBINE, lam=_any), grid=_SUM,
+        published=dict(density=.15, gamma=.007, lam=.3, combine='sum'),
         variant='shares of each tensor; combine=ties as mergekit\'s breadcrumbs_ties'),
     magmax=Method(
         'MagMax', 'sparse', 'Marczak et al. 2024, arXiv:2407.06322', add=magmax_add, merged=magmax_merged, chunk='entry',
         fallback=(magmax_add, magmax_merged, None), order_free=False, cost='T·d_out·d_in', ranges=dict(lam=_any),
-        grid=dict(lam=[.3, .4, .5, .6, .7, .85, 1., 1.25, 1.5]),
+        grid=dict(lam=[.3, .4, .5, .6, .7, .85, 1., 1.25, 1.5]), published=dict(lam=.5),
         variant='experts from a common base; the order matters only where magnitudes are equal (the later wins)'),
     sce=Method(
         'SCE', 'sparse', 'Wan et al. 2024, arXiv:2408.07990', rule=sce, cost='T·d_out·d_in',
-        ranges=dict(density=_share, lam=_any), grid=_MEAN,
+        ranges=dict(density=_share, lam=_any), grid=_MEAN, published=dict(density=.1),
         variant='divided by the weights that remain, as mergekit; energies relative at any scale'))
 
 # %% ../nbs/08_methods.ipynb #dc99f727
@@ -316,16 +319,16 @@ METHODS |= dict(
 METHODS |= dict(
     regmean=Method(
         'RegMean', 'calibrated', 'Jin et al. 2023, arXiv:2212.09849, eq. 2', rule=regmean, needs='covariance', linear_only=True,
-        cost='T·d_out·d_in² + d_in³', ranges=dict(alpha=_share, lam=_any), grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]),
+        cost='T·d_out·d_in² + d_in³', ranges=dict(alpha=_share, lam=_any), grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]), published=dict(alpha=.9),
         variant='off-diagonal factor α as in the paper; the mean where no input speaks'),
     regmean_pp=Method(
         'RegMean++', 'calibrated', 'Nguyen et al. 2025, arXiv:2508.03121', rule=regmean, needs='merged_covariance',
         linear_only=True, cost='T·d_out·d_in² + d_in³, and blocks × T passes', ranges=dict(alpha=_share, lam=_any),
-        grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]),
+        grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]), published=dict(alpha=.9),
         variant='the rule of RegMean on statistics of `merged_covariances`, measured behind the blocks that are fused already'),
     fisher=Method(
         'Fisher merging', 'calibrated', 'Matena and Raffel 2022, arXiv:2111.09832', rule=fisher_merging, needs='fisher',
-        ranges=dict(floor=_share, lam=_positive), grid=_MEAN,
+        ranges=dict(floor=_share, lam=_positive), grid=_MEAN, published=dict(floor=1e-6),
         variant='floor relative to the mean Fisher of the parameter; absolute 1e-6 in the released code'),
     do_merging=Method(
         'DO-Merging', 'calibrated', 'Zheng et al. 2025, arXiv:2505.15875; the decoupling alone', rule=do_merging,
@@ -333,7 +336,7 @@ METHODS |= dict(
         variant='column norms and column directions averaged; no orthogonalisation of adapter factors'),
     widen=Method(
         'WIDEN', 'calibrated', 'Yu et al. 2024, arXiv:2408.03092', rule=widen, cost='T·d_out·d_in + T·d_in·log d_in',
-        ranges=dict(t=_positive, s=_positive, lam=_positive), grid=_MEAN,
+        ranges=dict(t=_positive, s=_positive, lam=_positive), grid=_MEAN, published=dict(t=1., s=1.),
         variant='as the released code; ties share their mean rank'))
 
 # %% ../nbs/08_methods.ipynb #ccb1f163
@@ -379,6 +382,15 @@ def methods_table(): # data frame, one row per method
                          random='yes' if m.random else 'no', order='free' if m.order_free else 'matters',
                          removable='yes' if m.remove else 'no', cost=m.cost, defaults=ps, source=m.cite))
     return pd.DataFrame(rows).set_index('method')
+
+def parameters_table(): # data frame, one row per hyper-parameter of each method
+    "Default, range, what the source takes, and what is tried on validation data; empty where there is none."
+    import pandas as pd # here, because the command starts without it
+    say = lambda x: ' to '.join(map(str, x)) if x and not isinstance(x[0], str) else ', '.join(x)
+    rows = [dict(method=n, parameter=k, default=v, range='yes, no' if isinstance(v, bool) else say(m.ranges[k]),
+                 published=m.published.get(k, ''), tried=', '.join(map(str, m.grid.get(k, []))))
+            for n, m in METHODS.items() for k, v in hyperparameters(m).items()]
+    return pd.DataFrame(rows).set_index(['method', 'parameter'])
 
 # %% ../nbs/08_methods.ipynb #99db2e0d
 PEERS = {'mergekit 0.1.5': dict(

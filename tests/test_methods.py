@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from direction_fusion.core import fingerprint
 from direction_fusion.fusion import Fusion, fold, fuse, load_fusion, takes_rule
-from direction_fusion.methods import METHODS, SLOTS, Method, _arguments, check_params, hyperparameters
+from direction_fusion.methods import METHODS, SLOTS, Method, _arguments, accepted, check_params, hyperparameters, load_plugins
 
 FUSING = {n: m for n, m in METHODS.items() if m.kind != 'training'}
 FAMILIES = 'soup', 'orthogonal', 'dora', 'sparse', 'spectral', 'calibrated', 'baseline'
@@ -478,3 +478,44 @@ def test_every_method_has_a_look_of_its_own(name):
     from direction_fusion.plots import FAMILIES, method_style
     assert name in ' '.join(names for _, names in FAMILIES.values()).split()
     assert not any(method_style(name) == method_style(other) for other in METHODS if other != name)
+
+
+# Hyper-parameters
+
+TRIED = dict(density=.5, p=.4, epsilon=.3, gamma=.2, lam=.7, alpha=.2, beta=.4, rho=.8, ceiling=.3, t=.2, s=.5, svc_alpha=2., floor=.9,
+             common=.3, rank=1, steps=2, lr=.1)                  # far enough from every default to tell
+
+
+@every
+def test_every_hyperparameter_does_something(name):
+    m, known = FUSING[name], hyperparameters(FUSING[name])
+    weigh = accepted(m, 'weight')                                # some are heard only where experts weigh differently
+    def run(name, base, experts, **params):
+        fusion, stats = start(name, base, **params), statistics(name, base, len(experts)) or [None] * len(experts)
+        for t, (e, s) in enumerate(zip(experts, stats)): fusion.add(e, stats=s, weight=t + 1. if weigh else 1.)
+        return fusion.merged()
+    for n, default in known.items():
+        others = [not default] if isinstance(default, bool) else [c for c in m.ranges[n] if c != default] if isinstance(default, str) else \
+            [int(TRIED.get(n, .6)) if isinstance(default, int) else TRIED.get(n, .6)]
+        for value in others:
+            heard = (moved(*(run(name, base, experts, **settled(name) | {n: v}) for v in (default, value)))
+                     for kind, seed in [('random', 0), ('low rank', 1), ('opposite', 2)]
+                     for base, experts in [models(min(3, most(name)), kind, dtype=torch.float64, seed=seed)])
+            assert any(x > 1e-9 for x in heard), f'{n}={value!r} gives what {n}={default!r} gives'
+
+
+def test_a_package_brings_a_method(tmp_path, monkeypatch):
+    (tmp_path/'median_fusion.py').write_text('def median(deltas, lam=1.): return lam * deltas.median(0).values\n')
+    info = tmp_path/'median_fusion-1.0.dist-info'
+    info.mkdir()
+    (info/'METADATA').write_text('Metadata-Version: 2.1\nName: median-fusion\nVersion: 1.0\n')
+    (info/'entry_points.txt').write_text('[direction_fusion.methods]\nmedian = median_fusion:median\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    load_plugins()
+    load_plugins()                                               # twice does no harm
+    try:
+        base, experts = models(3)
+        got = fuse(base, experts, 'median', roles=ROLES, lam=.5)
+        middle = torch.stack([e['up.weight'] - base['up.weight'] for e in experts]).median(0).values
+        assert_close(got['up.weight'], base['up.weight'] + .5 * middle)
+    finally: METHODS.pop('median')
