@@ -45,6 +45,7 @@ def draw_inputs(
     for d in D: d.mul_(.02 * n ** -.5)
     return dict(base=base, D=D, W=[base + d for d in D], torch=torch)
 
+# %% ../nbs/19_benchmarks.ipynb #4b7e19aa
 def measure(
     setup:str,          # statements that make the names `call` needs
     call:str,           # expression whose value is the merged weight or delta
@@ -88,6 +89,7 @@ for line in sys.stdin:
     print(json.dumps(got), file=answers, flush=True)
 '''
 
+# %% ../nbs/19_benchmarks.ipynb #d3a85c16
 class Party:
     "A Python that is asked for measurements, one after the other."
     def __init__(self,
@@ -160,7 +162,10 @@ def merge(name, n=None, given='weights', stats=(), **params):
     survey = run_survey(m, p, lambda: [('w', deltas)])
     out = merge_deltas(m, p, 'w', deltas, start, survey=survey, stats=stats)
     return out if less is None else base + out
-''', plain='''
+''')
+
+# %% ../nbs/19_benchmarks.ipynb #58f1ce02
+SETUPS |= dict(plain='''
 def full_opcm(n=None, alpha=.5, diagonal=True): # arXiv:2501.09522 as it is written: orthogonal matrices in full
     M = D[0]
     for d in D[1:n]:
@@ -362,7 +367,7 @@ def benchmark_table(
 )->pd.DataFrame:   # one row per case, size and peer (or plain form); seconds and MB of both, their ratio
     "Ours beside the others."
     by = {(r['case'], *r['size'], r['party']): r for r in record['rows']}
-    out = []
+    out, said = [], {'over': '≥', 'error': 'failed', 'expected': 'not asked'}
     for (name, m, n, party), ours in by.items():
         if party != 'direction_fusion': continue
         for other in [p for p in PARTIES[1:] if (name, m, n, p) in by] or ['']:
@@ -372,7 +377,7 @@ def benchmark_table(
             a, b = ours.get('sample', []), peer.get('sample', [])
             far = max(abs(x - y) for x, y in zip(a, b)) / max(map(abs, b)) if a and len(a) == len(b) and any(b) else None
             out.append(dict(case=name, size=f'{m}×{n}', ours=ours.get('best'), peer=other, theirs=seconds,
-                            limit='≥' if 'over' in peer else 'failed' if 'error' in peer else 'not asked' if 'expected' in peer else '', factor=times,
+                            limit=next((w for s, w in said.items() if s in peer), ''), factor=times,
                             MB=ours['peak'] / 2**20 if ours.get('peak') is not None else None,
                             their_MB=peer['peak'] / 2**20 if peer.get('peak') is not None else None, differs=far))
     return pd.DataFrame(out)

@@ -170,7 +170,8 @@ METHODS |= dict(
     model_stock=Method(
         'Model Stock', 'soup', 'Jang et al. 2024, arXiv:2403.19522', rule=model_stock, scan=gram_scan, chunk=_span_chunk,
         cost='T²·d_out·d_in',
-        ranges=dict(grain=GRAINS, lam=_positive), grid=dict(lam=[.5, 1., 1.5, 2., 3., 4., 6., 8., 12.]), published=dict(grain='tensor', lam=1.),
+        ranges=dict(grain=GRAINS, lam=_positive), grid=dict(lam=[.5, 1., 1.5, 2., 3., 4., 6., 8., 12.]),
+        published=dict(grain='tensor', lam=1.),
         variant='mean pairwise cosine; the base where it is not positive (mergekit extrapolates); '
                 'grain=row as mergekit\'s filter_wise'))
 
@@ -319,12 +320,14 @@ METHODS |= dict(
 METHODS |= dict(
     regmean=Method(
         'RegMean', 'calibrated', 'Jin et al. 2023, arXiv:2212.09849, eq. 2', rule=regmean, needs='covariance', linear_only=True,
-        cost='T·d_out·d_in² + d_in³', ranges=dict(alpha=_share, lam=_any), grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]), published=dict(alpha=.9),
+        cost='T·d_out·d_in² + d_in³', ranges=dict(alpha=_share, lam=_any), grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]),
+        published=dict(alpha=.9),
         variant='off-diagonal factor α as in the paper; the mean where no input speaks'),
     regmean_pp=Method(
         'RegMean++', 'calibrated', 'Nguyen et al. 2025, arXiv:2508.03121', rule=regmean, needs='merged_covariance',
         linear_only=True, cost='T·d_out·d_in² + d_in³, and blocks × T passes', ranges=dict(alpha=_share, lam=_any),
-        grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]), published=dict(alpha=.9),
+        grid=dict(alpha=[.1, .3, .5, .6, .7, .8, .9, .95, 1.]),
+        published=dict(alpha=.9),
         variant='the rule of RegMean on statistics of `merged_covariances`, measured behind the blocks that are fused already'),
     fisher=Method(
         'Fisher merging', 'calibrated', 'Matena and Raffel 2022, arXiv:2111.09832', rule=fisher_merging, needs='fisher',

@@ -285,6 +285,7 @@ def orthomerge_remove(
     "Subtracts an expert's terms."
     return _rotated(state, delta, *rotation(delta, base), -1.)
 
+# %% ../nbs/06_spectral.ipynb #9d40b2e7
 def orthomerge_merged(
     state:dict,   # running sums
     base:Tensor,  # (d_out, d_in) base weight
