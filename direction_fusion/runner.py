@@ -594,7 +594,8 @@ def publish(
     shutil.rmtree(fresh, ignore_errors=True)
     drawn = f'seed{study.seeds[0]}-order{study.orders[0]}' # of a setting's many runs, one is kept with its figures
     for d in folders:
-        own = d.glob('*.svg') if d.name == drawn and 'norm=' not in d.parent.name else ()
+        shown = 'accuracy_matrix.svg' if study.evaluate == 'last' else '*.svg' # the others show what happened on the way
+        own = d.glob(shown) if d.name == drawn and 'norm=' not in d.parent.name else ()
         for f in (d/'record.json', *own): _copy(f, fresh/f.relative_to(study.runs))
     for f in study.runs.glob('figures/*.*'):
         if f.suffix != '.png': _copy(f, fresh/f.name)
