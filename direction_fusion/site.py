@@ -71,6 +71,10 @@ def _shown(index:Path)->list: # the cells a reader sees, without directives
     return cells
 
 # %% ../nbs/16_site.ipynb #7df5025e
+def _words(svg:bytes)->str: # what a picture says to those who cannot see it
+    m = re.search(r'<desc>(.*?)</desc>', svg.decode(), re.S)
+    return re.sub(r'([][*_`$])', r'\\\1', ' '.join(html.unescape(m[1]).split())) if m else 'Figure'
+
 def readme_page(
     root:str|Path='.',           # the project, or a folder in it
 )->tuple[str, dict[str, bytes]]: # Markdown, and the pictures beside it: path from the root → content
@@ -88,6 +92,7 @@ def readme_page(
     body, res = _need('nbconvert').MarkdownExporter(config=conf).from_notebook_node(
         nbformat.reads(json.dumps(nb), 4), resources={'output_files_dir': FIGURES, 'unique_key': 'figure'})
     body = re.sub(r'<style.*?</style>\s*', '', body, flags=re.S)
+    body = re.sub(r'!\[svg\]\(([^)\s]+)\)', lambda m: f"![{_words(res['outputs'].get(m[1], b''))}]({m[1]})", body)
     return _HEAD + re.sub(r'(?:[ \t]*\n){3,}', '\n\n', body).strip() + '\n', res['outputs']
 
 # %% ../nbs/16_site.ipynb #3e74ce8f
