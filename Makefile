@@ -7,7 +7,7 @@ READY = .venv/.ready
 
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help setup study test docs export publish clean
+.PHONY: help setup study test docs export publish refresh clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make test       run all tests, notebooks included; ARGS="-k soup" for some of them'
 	@echo 'make export     write the package and the README from the notebooks, and clean the notebooks'
 	@echo 'make docs       build the site in _docs, and the README'
+	@echo 'make refresh    execute every notebook that shows published records, and write the README'
 	@echo 'make publish    copy records, figures and tables of runs/$(STUDY) into assets/$(STUDY)'
 	@echo 'make clean      remove the site and caches; .venv and runs stay'
 	@echo 'The first of them installs everything into .venv, with PYTHON (now: $(PYTHON)).'
@@ -54,6 +55,12 @@ docs: $(READY)
 
 publish: $(READY)
 	@.venv/bin/direction-fusion publish '$(STUDY)' $(ARGS)
+
+# On a copy with nothing but what is published, so that `runs` has no say in it.
+refresh: $(READY)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m direction_fusion.website refresh $(ARGS)
+	@.venv/bin/nbdev-clean
+	@.venv/bin/python -m direction_fusion.site readme
 
 clean:
 	@rm -rf _docs _proc .pytest_cache .ruff_cache .hypothesis build dist
