@@ -155,6 +155,11 @@ def test_outputs_are_there(path):
         assert c['outputs'] or not prints, f'committed without having been run:\n{s}'
 
 
+@pytest.mark.parametrize('path', [p for p in ANALYSIS if p.stem != 'method'], ids=name) # which needs a training run
+def test_analyses_are_committed_executed(path):
+    assert any(o.get('data', {}).keys() & {'image/png', 'text/markdown', 'text/html'} for c in cells(path) for o in c.get('outputs', []))
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
 def test_no_path_of_one_machine(path):
     text = [source(c) for c in cells(path)]

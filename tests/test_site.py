@@ -105,12 +105,55 @@ def test_search_index_holds_every_page(site, pages):
     assert any('orthogonal' in e['text'].lower() and e['href'].startswith('orthogonal.html') for e in index)
 
 
-def test_choice_is_up_to_date(site):
-    from direction_fusion.pages import advice, choices_table, published, rule_seconds
-    table = choices_table(published(ROOT), rule_seconds(ROOT/'assets/benchmarks/methods.json'))
-    cells = json.loads((ROOT/'nbs/choose.ipynb').read_text(encoding='utf-8'))['cells']
-    shown = [''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', [])]
-    assert advice(table) in shown, 'run nbs/choose.ipynb again: its advice is older than the records'
+@pytest.fixture(scope='module')
+def found():
+    from direction_fusion.pages import published
+    return published(ROOT)
+
+
+def shown(name): # what the cells of a committed notebook have written
+    cells = json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells']
+    return [''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', [])]
+
+
+def test_choice_is_up_to_date(found):
+    from direction_fusion.pages import advice, choices_table, rule_seconds
+    table = choices_table(found, rule_seconds(ROOT/'assets/benchmarks/methods.json'))
+    assert advice(table) in shown('choose.ipynb'), 'run `make refresh`: the advice is older than the records'
+
+
+def test_results_are_up_to_date(found):
+    from direction_fusion.pages import streams, streams_table
+    from direction_fusion.plots import common_runs
+    from direction_fusion.ranking import chosen, plain, results_table
+    from direction_fusion.runner import stand_ins
+    runs = plain(chosen(found['text']))
+    table = results_table(runs, common_runs(stand_ins(runs)))
+    for name, said in [('index.ipynb', table), ('index.ipynb', streams_table(streams(found))), ('analysis/compare.ipynb', table)]:
+        assert said in shown(name), f'run `make refresh`: {name} is older than the records'
+
+
+def test_no_page_shows_what_only_a_machine_reads(site, pages):
+    "Markdown that was not understood, numbers that are none, alternative texts below figures."
+    for name in pages:
+        text = (site/name).read_text(encoding='utf-8')
+        prose = re.sub(r'<(pre|code|script|style|math)\b.*?</\1>|<[^>]*>', ' ', text.partition('<main')[2].partition('</main>')[0], flags=re.S)
+        assert not (odd := re.findall(r'\[[^][]*\]\([\w./#-]+\)|\bnan\b|\{fig-alt=', prose)), f'{name}: {odd[:3]}'
+        long = [c for c in re.findall(r'<figcaption[^>]*>(.*?)</figcaption>', text, re.S) if len(re.sub('<[^>]*>', '', c)) > 160]
+        assert not long, f'{name}: a caption is short, the rest is for `fig-alt`: {long[0][:200]}'
+
+
+def test_parameters_stand_in_tables(site):
+    page = (site/'orthogonal.html').read_text(encoding='utf-8')
+    tables = re.findall(r'<table[^>]*>.*?</table>', page, re.S)
+    assert any('<code>torch.Tensor</code>' in t and '<strong>returns</strong>' in t for t in tables)
+    assert 'def project_out(' not in re.sub(r'<details.*?</details>', '', re.sub(r'</?span[^>]*>', '', page), flags=re.S)
+
+
+def test_every_published_study_is_shown(found, pages):
+    for study in found:
+        for page in ('compare', 'method', 'interference'):
+            assert len(pages[f'results/{study}/{page}.html'].images) > 1, f'{study}: no figures in {page}'
 
 
 # In a browser
@@ -177,6 +220,14 @@ def test_every_page_on_wide_and_narrow_screens(tab, served, pages):
         if look['images']: wrong.append(f"{name} does not show {look['images']}")
         if look['formulas']: wrong.append(f"{name} hides {look['formulas']} formulas")
     assert not wrong + tab.said, '\n'.join(wrong + tab.said)
+
+
+def test_home_says_it_on_one_screen(tab):
+    t = tab()
+    bottom = t.evaluate('document.querySelector("main figure, main .cell-output-display").getBoundingClientRect().bottom')
+    assert bottom < WIDE['height'], f'the figure ends at {bottom}'
+    code = t.evaluate('[...document.querySelectorAll("main pre")].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)')
+    assert not code, f'cut off on a wide screen: {code}'
 
 
 def test_search_finds(tab):
