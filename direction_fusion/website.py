@@ -268,6 +268,8 @@ def _settle(pages:Path, root:Path, main:str='analysis')->None: # in place: names
         if p.parent.name in ('analysis', 'benchmarks') and not template:
             for c in nb['cells']: c['source'] = _aside(c) # results are read for what they say
         _relink_cells(nb['cells'], moves[p]); _with_words(nb['cells'])
+        for data in (o.get('data', {}) for c in nb['cells'] for o in c.get('outputs', [])): # HTML is nobody's Markdown
+            if 'text/html' in data: data['text/html'] = re.sub(r'(href="[^":#]*)\.ipynb', r'\1.html', data['text/html'])
         p.write_text(json.dumps(nb), encoding='utf-8')
     for p in found:
         if (to := pages/page_name(p.relative_to(pages).as_posix())) != p and to.exists():
