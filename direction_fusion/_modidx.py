@@ -1265,6 +1265,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'direction_fusion/sparse.py'),
                                          'direction_fusion.sparse.kth_magnitude': ( 'sparse.html#kth_magnitude',
                                                                                     'direction_fusion/sparse.py'),
+                                         'direction_fusion.sparse.l1_scale': ('sparse.html#l1_scale', 'direction_fusion/sparse.py'),
                                          'direction_fusion.sparse.magmax_add': ('sparse.html#magmax_add', 'direction_fusion/sparse.py'),
                                          'direction_fusion.sparse.magmax_merged': ( 'sparse.html#magmax_merged',
                                                                                     'direction_fusion/sparse.py'),

@@ -201,7 +201,8 @@ int64_t collect_REAL(double *found, int64_t room, uint64_t *range, const REAL *r
 _ELECT = r'''
 #define N 512
 int64_t elect_REAL(REAL *restrict out, const REAL *restrict base, const REAL *const *experts, const double *w,
-                   const double *votes, const double *least, int64_t T, int64_t n, double lam, int64_t mean) {
+                   const double *votes, const double *least, int64_t T, int64_t n, double lam, int64_t mean,
+                   double drawn) {
     double b[N], d[N], sign[N], num[N], den[N];
     int64_t bad = 0;
     for (int64_t at = 0; at < n; at += N) {
@@ -214,7 +215,7 @@ int64_t elect_REAL(REAL *restrict out, const REAL *restrict base, const REAL *co
             for (int i = 0; i < m; i++) bad |= d[i] - d[i] != 0;
             for (int i = 0; i < m; i++) sign[i] += (fabs(d[i]) >= c ? d[i] : 0) * v;
         }
-        for (int i = 0; i < m; i++) sign[i] = sign[i] > 0 ? 1 : sign[i] < 0 ? -1 : 0;
+        for (int i = 0; i < m; i++) sign[i] = sign[i] > 0 ? 1 : sign[i] < 0 ? -1 : drawn;
         for (int t = 0; t < T; t++) {
             const REAL *restrict x = experts[t] + at;
             double c = least[t], u = w[t];
@@ -388,12 +389,14 @@ def elected(
     base:Tensor,            # (n, …) float64
     deltas:Tensor,          # (T, n, …) float64, overwritten
     w:Sequence[float], votes:Sequence[float], least:Sequence[float], # (T,) weights, their part in the vote, thresholds
-    lam:float=1., mean:bool=True # scale; False: the sum of what agrees
+    lam:float=1., mean:bool=True, # scale; False: the sum of what agrees
+    drawn:float=0. # sign that is elected where the votes cancel
 )->Tensor:                  # (n, …) float64
     "The twin of `elect`: θ₀ + λ·elect_mean(trim(Δ)) (arXiv:2306.01708, algorithm 1)."
     for d, c in zip(deltas, least): d.mul_(d.abs() >= c)
     mass, num, den = (torch.zeros_like(base) for _ in range(3))
     for d, v in zip(deltas, votes): mass.add_(d * v)
+    mass.add_(mass == 0, alpha=drawn)
     for d, u in zip(deltas, w):
         same = d.sign() * mass.sign() > 0
         num.add_((d * u).mul_(same))
@@ -404,7 +407,7 @@ def elected(
 def elect(
     base:Tensor,              # (n, …) rows of the base
     experts:Sequence[Tensor], # T times (n, …)
-    w:Sequence[float], votes:Sequence[float], least:Sequence[float], lam:float, mean:bool, # as in `elected`
+    w:Sequence[float], votes:Sequence[float], least:Sequence[float], lam:float, mean:bool, drawn:float, # as in `elected`
     dtype:torch.dtype         # of the result
 )->tuple[Tensor, bool]|None:  # (n, …) rows in `dtype` and whether all inputs are finite; None: no loop for these
     "θ₀ + λ·elect_mean(trim(Δ)), rounded once."
@@ -412,5 +415,5 @@ def elect(
     if f is None: return None
     out = torch.empty_like(base)
     bad = f(_pointer(out), _pointer(base), _pointers(experts), _doubles(w), _doubles(votes), _doubles(least),
-            _int(len(experts)), _int(out.numel()), _double(lam), _int(mean))
+            _int(len(experts)), _int(out.numel()), _double(lam), _int(mean), _double(drawn))
     return out, not bad

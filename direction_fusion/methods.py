@@ -18,9 +18,9 @@ from .dora import (MAGNITUDES, align_add, align_add_inputs, align_merged, align_
                                    polar_add, polar_joint, polar_merged)
 from .orthogonal import (GRAINS, LOWDIN_GRAINS, SIDES, gram_survey, lowdin, lowdin_survey, norm_rescale, opcm_add,
                                          opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, subspace_add)
-from .soup import (ON, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, slerp_linear,
+from .soup import (ON, READINGS, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, slerp_linear,
                                    soup_add, soup_merged, soup_remove, sum_add, sum_merged, sum_remove)
-from .sparse import (COMBINE, RESCALE, SCOPES, WEIGH, breadcrumbs, dare, della, magmax_add, magmax_merged, sce,
+from .sparse import (COMBINE, DRAWN, NORMS, RESCALE, SCOPES, WEIGH, breadcrumbs, dare, della, magmax_add, magmax_merged, sce,
                                      ties, ties_scan, ties_survey)
 from .spectral import (delta_sum, dop_add, iso_c, iso_cts, knots, nufilt_add, orthomerge_add, orthomerge_merged,
                                        orthomerge_remove, spectral_merged, tsv_m, with_svc, wudi)
@@ -114,7 +114,7 @@ _any, _positive, _share = (-_inf, _inf), (0, _inf), (0, 1)
 _SUM = dict(lam=[.1, .15, .2, .25, .3, .35, .4, .5, .7])
 _MEAN = dict(lam=[.3, .5, .75, 1., 1.25, 1.5, 2., 2.5, 3.])
 
-def _span_chunk(p:dict)->str: return 'row' if p['grain'] == 'row' else 'entry' # given the Gram matrix, a weighted sum
+def _span_chunk(p:dict)->str: return dict(tensor='entry', row='row').get(p['grain'], '') # given the Gram matrix, a weighted sum
 def _on_weights(p:dict)->bool: return p['on'] == 'weight' and p['lam'] == 1     # points on a sphere around zero
 
 METHODS:dict[str, Method] = dict(
@@ -153,11 +153,11 @@ _ON_SPHERE = dict(on=ON, grain=GRAINS, lam=_positive)
 METHODS |= dict(
     slerp=Method(
         'SLERP', 'soup', 'Shoemake 1985; mergekit\'s slerp', rule=slerp, linear=slerp_linear, **_SPHERE,
-        order_free=False, ranges=dict(t=_share) | _ON_SPHERE, grid=dict(t=[.1, .2, .3, .4, .5, .6, .7, .8, .9]),
-        most=2, variant='whole weights (on=weight), as mergekit; mergekit walks straight above cosine 0.9995'),
+        order_free=False, ranges=dict(t=_share, straight=_share) | _ON_SPHERE, grid=dict(t=[.1, .2, .3, .4, .5, .6, .7, .8, .9]),
+        most=2, variant='whole weights (on=weight), as mergekit; straight=.9995 as mergekit'),
     nuslerp=Method(
         'NuSLERP', 'soup', 'mergekit 0.1.5\'s nuslerp', rule=nuslerp, **_SPHERE, most=2,
-        ranges=_ON_SPHERE, grid=_MEAN, published=dict(grain='tensor'),
+        ranges=_ON_SPHERE | dict(grain=(*GRAINS, 'column')), grid=_MEAN, published=dict(grain='tensor'),
         variant='deltas, as mergekit with a base; on=weight as without'),
     multislerp=Method(
         'Multi-SLERP', 'soup', 'mergekit 0.1.5\'s multislerp', rule=multislerp, **_SPHERE,
@@ -170,9 +170,9 @@ METHODS |= dict(
     model_stock=Method(
         'Model Stock', 'soup', 'Jang et al. 2024, arXiv:2403.19522', rule=model_stock, scan=gram_scan, chunk=_span_chunk,
         cost='T²·d_out·d_in',
-        ranges=dict(grain=GRAINS, lam=_positive), grid=dict(lam=[.5, 1., 1.5, 2., 3., 4., 6., 8., 12.]),
+        ranges=dict(grain=GRAINS, lam=_positive, reading=READINGS), grid=dict(lam=[.5, 1., 1.5, 2., 3., 4., 6., 8., 12.]),
         published=dict(grain='tensor', lam=1.),
-        variant='mean pairwise cosine; the base where it is not positive (mergekit extrapolates); '
+        variant='mean pairwise cosine; the base where it is not positive (reading=mergekit extrapolates); '
                 'grain=row as mergekit\'s filter_wise'))
 
 # %% ../nbs/08_methods.ipynb #e200622e
@@ -232,10 +232,10 @@ METHODS |= dict(
     ties=Method(
         'TIES', 'sparse', 'Yadav et al. 2023, arXiv:2306.01708, algorithm 1', rule=ties, survey=ties_survey,
         scan=ties_scan, chunk='entry', per_expert=('density',), cost='T·d_out·d_in',
-        ranges=dict(density=_share, lam=_any, scope=SCOPES, weigh=WEIGH), grid=_MEAN,
+        ranges=dict(density=_share, lam=_any, scope=SCOPES, weigh=WEIGH, rescale=NORMS, drawn=DRAWN), grid=_MEAN,
         published=dict(density=.2, lam=1., scope='model'),
         variant='threshold over the whole task vector; scope=tensor as mergekit and PEFT; '
-                'weigh=before as mergekit, after as PEFT'),
+                'weigh=before as mergekit, after as PEFT; drawn=plus as mergekit'),
     dare=Method(
         'DARE', 'sparse', 'Yu et al. 2023, arXiv:2311.03099, §3.1', rule=dare, random=True, per_expert=('p',),
         order_free=False, cost='T·d_out·d_in',

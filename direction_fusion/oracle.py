@@ -171,8 +171,9 @@ def _pieces(n:int)->list[slice]: return [slice(i, i + 2**15) for i in range(0, n
 def _slerp_shares(x:Sequence[np.ndarray], t:float=.4)->tuple[float, float]: # (n,) bits of two experts
     u = (np.stack([widened(v[s]) for v in x]) for s in _pieces(len(x[0])))
     (aa, ab), (_, bb) = sum(v @ v.T for v in u)
-    w = np.arccos(np.clip(ab / np.sqrt(aa * bb), -1, 1))
-    return tuple(np.sin([(1 - t) * w, t * w]) / np.sin(w)) if np.sin(w) > 1e-7 else (1 - t, t)
+    c = ab / np.sqrt(aa * bb)
+    w = np.arccos(np.clip(c, -1, 1))
+    return tuple(np.sin([(1 - t) * w, t * w]) / np.sin(w)) if abs(c) <= .9995 else (1 - t, t)
 
 def _ties_least(b:np.ndarray, x:Sequence[np.ndarray], density:float=.2)->list[float]: # per expert, smallest |Δ| that counts
     r = len(b) - max(1, int(density * len(b)))
@@ -180,8 +181,8 @@ def _ties_least(b:np.ndarray, x:Sequence[np.ndarray], density:float=.2)->list[fl
 
 def _ties_entries(d:list[np.ndarray], least:Sequence[float])->np.ndarray: # trim, elect, mean
     d = [np.where(np.abs(v) >= c, v, 0) for v, c in zip(d, least)]
-    sign = np.sign(sum(d))
-    agree = [(np.sign(v) == sign) & (sign != 0) for v in d]
+    sign = np.where(sum(d) < 0, -1, 1) # a vote that is drawn counts for plus
+    agree = [np.sign(v) == sign for v in d]
     return sum(np.where(a, v, 0) for a, v in zip(agree, d)) / np.maximum(sum(a.astype(float) for a in agree), 1)
 
 def answers(

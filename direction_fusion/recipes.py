@@ -244,7 +244,7 @@ def _checked(r:Recipe)->Recipe: # itself, or an error that says what its method 
                 raise ValueError(f"`weight` of {e} must be at least 0 with {name}, got {v}")
     return r
 
-_SIGNED = 'soft_soup', 'task_arithmetic' # methods that take weights of any sign
+_SIGNED = 'soft_soup', 'task_arithmetic', 'ties', 'dare', 'della', 'breadcrumbs' # methods that take weights of any sign
 
 # %% ../nbs/23_recipes.ipynb #39fad400
 _KEYS = ('method', 'base', 'experts', 'parameters', 'dtype', 'out_dtype', 'heads', 'tokenizer', 'seed', 'max_shard',
@@ -322,9 +322,9 @@ def _to_sparse(name, s):
         width = [0. if set(_ends(d)) == {1} else _map(lambda e: 2 * e, x) for d, x in zip(density, s['epsilon'])]
         out |= dict(grain='row', epsilon=width)
     if key == 'breadcrumbs': out |= dict(gamma=s['gamma'])
-    if key == 'ties': out |= dict(scope='tensor', weigh='before')
+    if key == 'ties': out |= dict(scope='tensor', weigh='before', drawn='plus')
     if s['rescale'] or key in ('dare', 'della'): out['rescale'] = 'l1' if s['rescale'] else 'none'
-    if 'rescale' in out and 'rescale' not in known: _refuse(f"`rescale: true` of {name}", 'leave it out, or choose dare or della')
+    if 'rescale' in out and 'rescale' not in hyperparameters(METHODS[key]): _refuse(f"`rescale: true` of {name}", 'leave it out')
     combine = 'ties' if elect and s['normalize'] else 'ties_sum' if elect else 'mean' if s['normalize'] else 'sum'
     if key == 'ties': out |= {} if s['normalize'] else dict(normalize=False)
     else: out |= dict(combine=combine)
@@ -334,11 +334,10 @@ def _to_sparse(name, s):
     return key, out
 
 # %% ../nbs/23_recipes.ipynb #78576cb5
-def _to_slerp(name, s): return 'slerp', dict(t=s['t'], on='weight')
+def _to_slerp(name, s): return 'slerp', dict(t=s['t'], on='weight', straight=.9995)
 
 def _to_nuslerp(name, s):
     grain = 'tensor' if s['nuslerp_flatten'] else 'column' if s['nuslerp_row_wise'] else 'row'
-    if grain not in METHODS['nuslerp'].ranges['grain']: _refuse('`nuslerp_row_wise: true`', 'leave it out')
     return 'nuslerp', dict(on=s['on'], grain=grain)
 
 def _to_multislerp(name, s):
@@ -353,7 +352,7 @@ def _to_karcher(name, s):
         _refuse('a Karcher mean that stops early', 'leave out `max_iter` and `tol`: ours converges')
     return 'karcher', dict(on='weight')
 
-def _to_stock(name, s): return 'model_stock', dict(grain='row' if s['filter_wise'] else 'tensor')
+def _to_stock(name, s): return 'model_stock', dict(grain='row' if s['filter_wise'] else 'tensor', reading='mergekit')
 def _to_sce(name, s): return 'sce', dict(density=s['select_topk'])
 
 def _one(s, name): # a setting that is one value for the whole model

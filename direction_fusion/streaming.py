@@ -185,8 +185,10 @@ def scan_parameter(
     if not m.scan or not takes_rule(m, request.roles[k], len(shape)): return None
     if m.scan is gram_scan and params.get('grain', 'tensor') == 'tensor': return gram_rows(request, k, threads)
     if m.scan is ties_scan and params['scope'] != 'tensor': return None
-    if m.scan is ties_scan and (least := least_kept(request, [k], params['density'], threads)) is not None: return least
-    pieces = lambda: (read_deltas(request.base, request.experts, k, i, j) for i, j in row_ranges(shape, request.chunk))
+    plain = params.get('rescale', 'none') == 'none'
+    if m.scan is ties_scan and plain and (least := least_kept(request, [k], params['density'], threads)) is not None: return least
+    ranges = row_ranges(shape, request.chunk if plain else CHUNK)     # sums in one order, whatever the chunk
+    pieces = lambda: (read_deltas(request.base, request.experts, k, i, j) for i, j in ranges)
     return run_scan(m, params, pieces)
 
 def survey_model(
@@ -316,10 +318,9 @@ def ties_rows(
 )->Tensor:            # (j − i, …) rows of the result in the output's dtype
     "θ₀ + λ·elect_mean(trim(Δ)), rounded once; `ValueError` names the model that holds NaN or infinity."
     p, w = request.settings(k)
-    if min(w) < 0: raise ValueError(f"`weights` must be at least 0, got {list(w)}")
     base, rows = request.base.rows(k, i, j), [e.rows(k, i, j) for e in request.experts]
     votes, dtype = w if p['weigh'] == 'before' else [1.] * len(w), request.out_dtype(k)
-    how = w, votes, least.tolist(), p['lam'], p['normalize']
+    how = w, votes, least.tolist(), p['lam'], p['normalize'], float(p['drawn'] == 'plus')
     if done := elect(base, rows, *how, dtype):
         if not done[1]: check_finite(request.base, request.experts, k, i, j)
         return done[0]
@@ -334,6 +335,8 @@ def direct(
     "How a method makes rows of the result without merged deltas, if it can."
     m, params, T = request.method, request.params, len(request.experts)
     if m.rule is ties:
+        settings = [request.settings(k) for k in (request.moving if request.at else request.moving[:1])]
+        if any(p['rescale'] != 'none' or min(w) < 0 for p, w in settings): return None
         form = lambda k, threads=1: scan_parameter(request, k, threads) if survey is None else survey
         return form, partial(ties_rows, request)
     if not m.linear or m.scan and (request.at or params['grain'] != 'tensor' or T != 2): return None

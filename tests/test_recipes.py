@@ -21,13 +21,6 @@ with np.load(GOLDEN/'recipes.npz') as f:
     ABOUT = json.loads(str(f['about']))
     WANT = {k.split()[0]: (getattr(torch, k.split()[1]), torch.from_numpy(f[k])) for k in f.files if k != 'about'}
 
-# What no method here can express yet: refused by name, so that no file gives other numbers than its author saw
-PENDING = dict(
-    nuslerp_columns='`nuslerp_row_wise: true` is not supported',
-    ties_signed='`weight` of llama-y must be at least 0 with ties, got -0.4',
-    ties_rescaled='`rescale: true` of ties is not supported')
-
-
 def state(source): return {k: torch.from_numpy(v) for k, v in golden.model(source).items()}
 
 
@@ -42,17 +35,12 @@ def ours(recipe, base, experts): # state dicts (base None: zero) → the fused s
     return out
 
 
-def read(name): # the recipe of a golden case; xfail where it is refused, with the very words that PENDING has
-    try: return read_recipe(parse_yaml(golden.RECIPES[name]))
-    except ValueError as e:
-        assert name in PENDING and PENDING[name] in str(e), e
-        pytest.xfail(str(e))
+def read(name): return read_recipe(parse_yaml(golden.RECIPES[name])) # the recipe of a golden case
 
 
 def test_every_recipe_was_run_and_every_method_has_one():
     assert golden.RECIPES.keys() == WANT.keys() and ABOUT['mergekit'] == '0.1.5'
     assert {parse_yaml(t)['merge_method'] for t in golden.RECIPES.values()} == PEERS.keys()
-    assert PENDING.keys() <= golden.RECIPES.keys()
 
 
 @pytest.mark.parametrize('name', golden.RECIPES)

@@ -1,11 +1,11 @@
 """Write recipes.npz: what mergekit makes of the recipes below on tiny random models, for tests/test_recipes.py.
 
-Needs an environment of its own:  pip install torch==2.13.0 mergekit==0.1.5
+Needs an environment of its own:  pip install torch mergekit==0.1.5
 Run from the repository root:     python -P tests/golden/recipes.py
 
 The models are drawn with numpy from a seed, so that the test has the same ones without a file. A recipe names them b (base),
-x, y, z of each architecture: `llama-b`. Kept are a few parameters of each result, which together see every layer, both sides
-of the layers, and matrices as well as vectors.
+x, y, z of each architecture: `llama-b`; m and n lie near b, and o opposite to p as seen from c. Kept are a few parameters of
+each result, which together see every layer, both sides of the layers, and matrices as well as vectors.
 """
 import json
 import platform
@@ -63,6 +63,11 @@ def model(name):
     kind, who = name.split('-')
     draw = lambda part, k, s: np.random.default_rng([SEED, zlib.crc32(f'{kind} {part} {k}'.encode())]).standard_normal(s, np.float32)
     if who == 'b': return {k: draw('b', k, s) for k, s in shapes(kind).items()}
+    if who in 'mn': return {k: draw('b', k, s) + np.float32(1e-3) * draw(who, k, s) for k, s in shapes(kind).items()}
+    if who in 'cop': # sixteenths: p and o are exactly as far from c, on opposite sides
+        part = lambda name, k, s: np.rint(16 * draw(name, k, s)) / np.float32(16)
+        return {k: part('b', k, s) + dict(c=0, o=-1, p=1)[who] * part('p', k, s)
+                for k, s in shapes(kind).items()}
     return {k: draw('b', k, s) + np.float32(.5) * (draw('common', k, s) + draw(who, k, s)) for k, s in shapes(kind).items()}
 
 
@@ -155,6 +160,8 @@ merge_method: slerp
 base_model: llama-x
 parameters: {t: [0.6, 0.8]}
 dtype: float64""",
+    slerp_near=XY.replace('-x', '-m').replace('-y', '-n') + "merge_method: slerp\nbase_model: llama-m\n"
+               "parameters: {t: 0.3}\ndtype: float64",
     nuslerp=XY + "merge_method: nuslerp\nparameters: {weight: [{filter: mlp, value: [1, 2]}, {value: 1}]}\ndtype: float64",
     nuslerp_rows=weighed(weight=[1, [1, 3]]) + "merge_method: nuslerp\nparameters: {nuslerp_flatten: false}\ndtype: float64",
     nuslerp_columns=weighed(weight=[1, 3]) + "merge_method: nuslerp\ndtype: float64\n"
@@ -165,7 +172,14 @@ dtype: float64""",
     karcher=XYZ + "merge_method: karcher\nparameters: {max_iter: 1000, tol: 1e-12}\ndtype: float64",
     karcher_base=XY + "merge_method: karcher\nbase_model: llama-b\nparameters: {max_iter: 1000, tol: 1e-12}\ndtype: float64",
     model_stock=XYZ + "merge_method: model_stock\nbase_model: llama-b\ndtype: float64",
+    model_stock_near=XYZ.replace('-x', '-m').replace('-y', '-n') + "merge_method: model_stock\nbase_model: llama-b\ndtype: float64",
+    model_stock_opposed=XYZ.replace('-x', '-p').replace('-y', '-o') + "merge_method: model_stock\nbase_model: llama-c\n"
+                        "parameters: {filter_wise: true}\ndtype: float64",
     # thinned out
+    ties_drawn=XY.replace('-x', '-p').replace('-y', '-o') + "merge_method: ties\nbase_model: llama-c\n"
+               "parameters: {weight: 1, density: 1}\ndtype: float64",
+    ties_opposed=XYZ.replace('-x', '-p').replace('-y', '-o') + "merge_method: ties\nbase_model: llama-c\n"
+                 "parameters: {weight: [-1, 0.5], density: 1, rescale: true, normalize: false, lambda: 0.5}\ndtype: float64",
     ties=weighed(weight=[1, [.3, .9], 1]) + "merge_method: ties\nparameters: {density: [0.3, 0.9], lambda: 0.8}\ndtype: float64",
     ties_base_listed=XYZ + "  - model: llama-b\nmerge_method: ties\nbase_model: llama-b\n"
                      "parameters: {weight: 1, density: 0.4, normalize: true, int8_mask: true}\ndtype: float64\nout_dtype: bfloat16",
@@ -221,7 +235,7 @@ def main():
     out = {}
     with tempfile.TemporaryDirectory() as d:
         os.chdir(d) # the recipes name folders beside them
-        for name in (f'{kind}-{who}' for kind in CONFIGS for who in 'bxyz'):
+        for name in (f'{kind}-{who}' for kind in CONFIGS for who in 'bxyz' + 'cmnop' * (kind == 'llama')):
             Path(name).mkdir()
             (Path(name)/'config.json').write_text(json.dumps(CONFIGS[name.split('-')[0]]))
             save_file({k: torch.from_numpy(v) for k, v in model(name).items()}, f'{name}/model.safetensors', {'format': 'pt'})
