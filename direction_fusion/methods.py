@@ -18,10 +18,10 @@ from .dora import (MAGNITUDES, align_add, align_add_inputs, align_merged, align_
                                    polar_add, polar_joint, polar_merged)
 from .orthogonal import (GRAINS, LOWDIN_GRAINS, SIDES, gram_survey, lowdin, lowdin_survey, norm_rescale, opcm_add,
                                          opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, subspace_add)
-from .soup import (ON, READINGS, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp, slerp_linear,
-                                   soup_add, soup_merged, soup_remove, sum_add, sum_merged, sum_remove)
-from .sparse import (COMBINE, DRAWN, NORMS, RESCALE, SCOPES, WEIGH, breadcrumbs, dare, della, magmax_add, magmax_merged, sce,
-                                     ties, ties_scan, ties_survey)
+from .soup import (ON, READINGS, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp,
+                                   slerp_linear, soup_add, soup_merged, soup_remove, sum_add, sum_merged, sum_remove)
+from .sparse import (COMBINE, DRAWN, NORMS, RESCALE, SCOPES, WEIGH, breadcrumbs, dare, della, magmax_add,
+                                     magmax_merged, sce, ties, ties_scan, ties_survey)
 from .spectral import (delta_sum, dop_add, iso_c, iso_cts, knots, nufilt_add, orthomerge_add, orthomerge_merged,
                                        orthomerge_remove, spectral_merged, tsv_m, with_svc, wudi)
 

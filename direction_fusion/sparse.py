@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGH', 'DRAWN', 'SCOPES', 'NORMS', 'RESCALE', 'COMBINE', 'kth_magnitude', 'thresholds', 'trim', 'elect_mean',
-           'l1_scale', 'ties_survey', 'ties_scan', 'ties', 'drop', 'dare', 'keep_probabilities', 'della',
+           'ties_survey', 'l1_scale', 'ties_scan', 'ties', 'drop', 'dare', 'keep_probabilities', 'della',
            'breadcrumbs_mask', 'breadcrumbs', 'magmax_add', 'magmax_merged', 'sce', 'energy_weights']
 
 # %% ../nbs/05_sparse.ipynb #01aa9f9a
@@ -107,7 +107,7 @@ def trim(
         torch.where(d.abs() >= c, d, d.new_zeros(()), out=o)
     return out
 
-# %% ../nbs/05_sparse.ipynb #d2691f94
+# %% ../nbs/05_sparse.ipynb #a5c1f0e5
 WEIGH, DRAWN = ('before', 'after'), ('none', 'plus')
 
 def _weights(weights:Tensor|None, deltas:Tensor, signed:bool=True)->list[float]: # one per expert; ones by default
@@ -128,6 +128,7 @@ def _elect(x:Tensor, w:list[float], votes:list[float], scale:list[float], mean:b
         if mean: total.add_(d.sign_(), alpha=c)
     return out.mul_(gamma).div_(torch.where(total != 0, total, 1))
 
+# %% ../nbs/05_sparse.ipynb #d2691f94
 def elect_mean(
     deltas:Tensor,              # (T, *shape) trimmed deltas
     weights:Tensor|None=None,   # (T,) weights, equal by default; ≥ 0 for weigh='after'
@@ -152,8 +153,17 @@ def elect_mean(
         out[s] = _elect(x, w, votes, c, mean, drawn == 'plus')
     return out.reshape(deltas.shape[1:])
 
-# %% ../nbs/05_sparse.ipynb #24ac97c2
+# %% ../nbs/05_sparse.ipynb #a5c1f0e2
 SCOPES, NORMS = ('model', 'tensor'), ('none', 'l1')
+
+def ties_survey(
+    params:Callable[[], Iterable[tuple[str, Tensor]]], # each call a fresh pass over (k, deltas (T, *shape))
+    density:float|Sequence[float]=.2, # share of entries that survive, 0 to 1; or one per expert
+    scope:str='model'   # 'model': a share of each whole task vector; 'tensor': of each parameter
+)->Tensor|None:         # (T,) smallest magnitude that survives in each task vector; None for scope 'tensor'
+    "Thresholds of whole task vectors."
+    if scope not in SCOPES: raise ValueError(f"`scope` must be one of {', '.join(SCOPES)}, got {scope!r}")
+    return thresholds(lambda: (d for _, d in params()), density) if scope == 'model' else None
 
 def l1_scale(
     pieces:Callable[[], Iterable[Tensor]], # as in `thresholds`
@@ -166,15 +176,7 @@ def l1_scale(
         total, left = total + a.sum(1), left + a.mul_(a >= least.to(a)[:, None]).sum(1)
     return torch.where(torch.minimum(total, left) < 1e-7, 1., total / left)
 
-def ties_survey(
-    params:Callable[[], Iterable[tuple[str, Tensor]]], # each call a fresh pass over (k, deltas (T, *shape))
-    density:float|Sequence[float]=.2, # share of entries that survive, 0 to 1; or one per expert
-    scope:str='model'   # 'model': a share of each whole task vector; 'tensor': of each parameter
-)->Tensor|None:         # (T,) smallest magnitude that survives in each task vector; None for scope 'tensor'
-    "Thresholds of whole task vectors."
-    if scope not in SCOPES: raise ValueError(f"`scope` must be one of {', '.join(SCOPES)}, got {scope!r}")
-    return thresholds(lambda: (d for _, d in params()), density) if scope == 'model' else None
-
+# %% ../nbs/05_sparse.ipynb #24ac97c2
 def ties_scan(
     pieces:Callable,    # () → iterator of (deltas (T, …), base) over one parameter
     density:float|Sequence[float]=.2, # share of entries that survive, 0 to 1; or one per expert
