@@ -492,15 +492,16 @@ def test_every_hyperparameter_does_something(name):
     weigh = accepted(m, 'weight')                                # some are heard only where experts weigh differently
     def run(name, base, experts, **params):
         fusion, stats = start(name, base, **params), statistics(name, base, len(experts)) or [None] * len(experts)
-        for t, (e, s) in enumerate(zip(experts, stats)): fusion.add(e, stats=s, weight=t + 1. if weigh else 1.)
+        for t, (e, s) in enumerate(zip(experts, stats)): fusion.add(e, stats=s, weight=t + 1. if weigh and 'drawn' not in params else 1.)
         return fusion.merged()
     for n, default in known.items():
+        also = dict(scope='tensor') if name == 'ties' and n == 'rescale' else {}  # one that needs another
         others = [not default] if isinstance(default, bool) else [c for c in m.ranges[n] if c != default] if isinstance(default, str) else \
             [int(TRIED.get(n, .6)) if isinstance(default, int) else TRIED.get(n, .6)]
         for value in others:
-            heard = (moved(*(run(name, base, experts, **settled(name) | {n: v}) for v in (default, value)))
+            heard = (moved(*(run(name, base, experts, **settled(name) | also | {n: v}) for v in (default, value)))
                      for kind, seed in [('random', 0), ('low rank', 1), ('opposite', 2)]
-                     for base, experts in [models(min(3, most(name)), kind, dtype=torch.float64, seed=seed)])
+                     for base, experts in [models(2 if n == 'drawn' else min(3, most(name)), kind, dtype=torch.float64, seed=seed)])
             assert any(x > 1e-9 for x in heard), f'{n}={value!r} gives what {n}={default!r} gives'
 
 
