@@ -112,7 +112,7 @@ def cost_rows(
     layers:int=12,     # its layers
     turns:int=3,       # the least time of so many counts
     folder:str|None=None, # for two files as large as the encoder; None: a temporary one
-)->list[dict]:         # one row: numbers, seconds of reading, of one eigendecomposition per d_in, of `add`; `ratio` to the yardstick
+)->list[dict]:         # one row: numbers, seconds to `read`, for one eigendecomposition per d_in, to `add`; their `ratio`
     "What adding one expert costs, beside reading it twice and looking once at the spectrum of each width."
     def least(f):
         spent = []

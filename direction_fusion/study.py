@@ -13,6 +13,7 @@ __all__ = ['ALL', 'FEW', 'EVALUATE', 'MEASURED', 'TRAINING', 'FORMAT', 'Study', 
 # %% ../nbs/14_study.ipynb #e041a133
 import ast
 import configparser
+import gc
 import inspect
 import itertools
 import json
@@ -611,11 +612,12 @@ def record_path(study:Study, method:str, params:Mapping, seed:int, order:int)->P
 # %% ../nbs/14_study.ipynb #4b8ce99d
 def _maker(study, method, params, seed, experts, files)->Callable: # names → the backbone's parameters, norm of the task vector
     m, at, (base, roles) = get_method(method), SimpleNamespace(fusion=None), start(study, seed)
+    asked = SimpleNamespace(names=()) # not in `at`: a circle of references would keep whole models in memory for long
     params, norm = study_params(method, params)
     heads = lambda: {n: e[1] for n, e in experts.items()} if study.heads != 'shared' else {}
-    score = lambda tau: validation_accuracy(study, apply_tau(base, tau), at.names, heads())
+    score = lambda tau: validation_accuracy(study, apply_tau(base, tau), asked.names, heads())
     def make(names):
-        f, at.names = at.fusion, names
+        f, asked.names = at.fusion, names
         if f is None or f.names != names[:len(f)] or m.needs == 'merged_covariance': # these change with every expert
             f = at.fusion = Fusion(base, method, roles, heads='fuse', seed=seed, score=score, **params)
         new = {n: experts[n] for n in names[len(f):]}
@@ -816,6 +818,7 @@ def run_method(
     "Fold a method over the study's experts and evaluate after every step on every task seen, or after the last alone."
     params, m, t0 = dict(params or {}), get_method(method), time.perf_counter()
     study_params(method, params)
+    gc.collect() # models of an earlier run may hang in circles of references: few objects, gigabytes
     names, T = task_order(study, order), len(study.tasks)
     found, R, R_macro, norms, fuse_s = gather(study, method, params, seed, names), *np.full((3, T, T), np.nan), 0.
     models = _baseline_models(study, method, params, seed, order) if m.kind == 'training' else found.models
