@@ -165,7 +165,7 @@ def conflict_rows(
     task:str,            # whose opposite joins
     specs:Sequence[str], # methods
     seed:int=0,          # of the experts
-)->list[dict]:           # one row per method: cosines, accuracies on the task and, before and after, on the others
+)->list[dict]:           # a row per method and way to fuse the head: cosines; accuracies before and after, on the task and the others
     "All experts of a study, and one that contradicts one of them."
     if study.heads != 'shared': raise ValueError(f"study {study.name!r} has heads of its own for every task; nothing contradicts")
     base, roles = start(study, seed)
@@ -175,16 +175,16 @@ def conflict_rows(
     one, two = task_vector(base, ex[task]), task_vector(base, against)
     heads = [{k: t[k] for k in t if k.startswith('head.')} for t in (one, two)]
     angles = dict(cosine=_cosine(one, two), head_cosine=_cosine(*heads))
-    rows = []
-    for spec in specs:
+    rows, ways = [], {'as a linear map': {}, 'averaged': {'head.weight': 'other'}}
+    for spec, (head, role) in itertools.product(specs, ways.items()):
         method, params = parse_method(spec)
-        fusion = Fusion(base, method, roles, heads='fuse', seed=seed, **params)
+        fusion = Fusion(base, method, roles | role, heads='fuse', seed=seed, **params)
         for n, e in ex.items(): fusion.add(e, n)
         before = _shared(study, apply_tau(base, fusion.merged_tau()))
         fusion.add(against, 'against')
         after = _shared(study, apply_tau(base, fusion.merged_tau()))
         mean = lambda found: float(np.mean([v for n, v in found.items() if n != task]))
-        rows.append(dict(method=spec, task=task, seed=seed, **angles, task_before=before[task], task_after=after[task],
+        rows.append(dict(method=spec, head=head, task=task, seed=seed, **angles, task_before=before[task], task_after=after[task],
                          others_before=mean(before), others_after=mean(after)))
     return rows
 
