@@ -165,7 +165,7 @@ def conflict_rows(
     task:str,            # whose opposite joins
     specs:Sequence[str], # methods
     seed:int=0,          # of the experts
-)->list[dict]:           # a row per method and way to fuse the head: cosines; accuracies before and after, on the task and the others
+)->list[dict]:           # a row per method and way to fuse the head: cosines, accuracies before and after
     "All experts of a study, and one that contradicts one of them."
     if study.heads != 'shared': raise ValueError(f"study {study.name!r} has heads of its own for every task; nothing contradicts")
     base, roles = start(study, seed)
