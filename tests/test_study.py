@@ -165,7 +165,7 @@ def test_papermill_by_hand_makes_the_same_record(project, finished):
 
 def test_unknown_notebook_parameter_is_refused(project):
     from direction_fusion.runner import run_notebook
-    says = "method.ipynb has no parameter 'metod'; it takes study, method, params, seed, order, out"
+    says = "method.ipynb has no parameter 'metod'; it takes study, method, params, seed, order, evaluate, out"
     with pytest.raises(ValueError, match=says):
         run_notebook(project, 'method', project/'never.ipynb', dict(metod='dora'))
     assert not (project/'never.ipynb').exists()
