@@ -89,7 +89,7 @@ def plot_few(
     amounts = sorted({k for _, k in keys})
     own = rows.expert.mean() if what == 'right' else 1.
     mean = lambda v: 100 * np.mean([v[..., tasks == t].mean((-2, -1)) for t in np.unique(tasks)], axis=0) / own  # (seeds,)
-    _, ax = plt.subplots(figsize=(4, 3), layout='constrained')
+    _, ax = plt.subplots(figsize=(5.6, 3), layout='constrained')
     for m in dict.fromkeys(m for m, _ in keys):
         name, plain = m.partition('(')[0], '(' not in m
         at = [(amounts.index(k), mean(values[i])) for i, (o, k) in enumerate(keys) if o == m]
@@ -100,7 +100,7 @@ def plot_few(
     ax.set_xticks(range(len(amounts)), amounts); ax.grid(alpha=.3)
     ax.set(xlabel='unlabelled inputs per task',
            ylabel="accuracy (% of the experts')" if what == 'right' else "experts' answers kept (%)")
-    ax.legend(frameon=False, fontsize=6, loc='lower right')
+    ax.legend(frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     ax.set_label("Accuracy in percent of the experts' by the number of unlabelled inputs per task, one line a method.")
     return ax
 
