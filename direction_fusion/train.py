@@ -294,7 +294,7 @@ def made_once(
     "Wait for whoever makes the file already. Look for it within."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f'.lock-{path.name}'), 'w') as f:
+    with open(path.with_name(f'.{path.stem}.lock'), 'w') as f:
         with suppress(OSError): fcntl.flock(f, fcntl.LOCK_EX) # no locks here: then both make it
         try: yield
         finally: Path(f.name).unlink(missing_ok=True)
