@@ -1420,6 +1420,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'direction_fusion.study._record': ('study.html#_record', 'direction_fusion/study.py'),
                                         'direction_fusion.study._replay_rows': ('study.html#_replay_rows', 'direction_fusion/study.py'),
                                         'direction_fusion.study._save': ('study.html#_save', 'direction_fusion/study.py'),
+                                        'direction_fusion.study._shared_head': ('study.html#_shared_head', 'direction_fusion/study.py'),
                                         'direction_fusion.study._step': ('study.html#_step', 'direction_fusion/study.py'),
                                         'direction_fusion.study._stored': ('study.html#_stored', 'direction_fusion/study.py'),
                                         'direction_fusion.study._whole': ('study.html#_whole', 'direction_fusion/study.py'),

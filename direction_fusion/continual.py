@@ -175,7 +175,7 @@ def conflict_rows(
     one, two = task_vector(base, ex[task]), task_vector(base, against)
     heads = [{k: t[k] for k in t if k.startswith('head.')} for t in (one, two)]
     angles = dict(cosine=_cosine(one, two), head_cosine=_cosine(*heads))
-    rows, ways = [], {'as a linear map': {}, 'averaged': {'head.weight': 'other'}}
+    rows, ways = [], {'averaged': {}, 'as a linear map': {'head.weight': 'linear'}}
     for spec, (head, role) in itertools.product(specs, ways.items()):
         method, params = parse_method(spec)
         fusion = Fusion(base, method, roles | role, heads='fuse', seed=seed, **params)

@@ -8,6 +8,7 @@ __all__ = ['MAGNITUDES', 'polar', 'slerp_rows', 'karcher_rows', 'polar_add', 'po
 
 # %% ../nbs/04_dora.ipynb #ea6dcd19
 import torch
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 from .soup import combine, gram, karcher_coefficients, shares
 
@@ -118,11 +119,12 @@ def input_proxy(
     return C / C.trace()
 
 # %% ../nbs/04_dora.ipynb #73a3f399
-def _longest(delta): # spectral norm as a float64 scalar, from the smaller Gram matrix
-    size = delta.norm()
-    if size == 0: return torch.zeros((), dtype=torch.float64, device=delta.device)
-    u = delta / size
-    return torch.linalg.eigvalsh(u @ u.mT if len(u) < u.shape[1] else u.mT @ u)[-1].clamp_min(0).double().sqrt() * size.double()
+def _longest(K): # largest eigenvalue of a symmetric K ≥ 0, a float
+    if len(K) < 64 or not K.trace() > 0: return max(float(torch.linalg.eigvalsh(K)[-1]), 0.)
+    times = lambda v: (K @ torch.as_tensor(v.ravel(), dtype=K.dtype, device=K.device)).cpu().numpy()
+    v0 = torch.randn(len(K), dtype=K.dtype, generator=torch.Generator().manual_seed(0)).numpy()
+    try: return float(eigsh(LinearOperator(K.shape, times, dtype=v0.dtype), 1, which='LA', v0=v0, return_eigenvectors=False)[0])
+    except ArpackError: return float(torch.linalg.eigvalsh(K)[-1])
 
 # %% ../nbs/04_dora.ipynb #9c5fc2fa
 def align_add(
@@ -135,11 +137,14 @@ def align_add(
     "ΣΔ_tC_t, ΣC_t, ΣΔ_t, Σ‖Δ_t‖₂ and T."
     m, n = delta.shape
     DC, C, D = (state[k] for k in ('DC', 'C', 'D')) if state else (delta.new_zeros(s) for s in ((m, n), (n, n), (m, n)))
-    D, size = torch.add(D, delta, alpha=sign), float(delta.norm())
-    rest = dict(D=D, longest=sign * _longest(delta) + state.get('longest', 0), weight=state.get('weight', 0.) + sign)
-    if covariance is None and p == 1 and m < n and size > 0: # ΔC = (ΔΔᵀ)Δ/‖Δ‖², and C is added without being formed
-        u = delta / size
-        return dict(DC=torch.addmm(DC, u @ u.mT, u, alpha=sign * size), C=torch.addmm(C, u.mT, u, alpha=sign)) | rest
+    size = float(delta.norm())
+    u = delta / (size or 1.)
+    K = u @ u.mT if m < n else u.mT @ u
+    longest = torch.tensor(sign * size * _longest(K) ** .5, dtype=torch.float64, device=delta.device) + state.get('longest', 0)
+    rest = dict(D=torch.add(D, delta, alpha=sign), longest=longest, weight=state.get('weight', 0.) + sign)
+    if covariance is None and p == 1:                          # ΔC is ‖Δ‖Ku or ‖Δ‖uK
+        DC = torch.addmm(DC, *((K, u) if m < n else (u, K)), alpha=sign * size)
+        return dict(DC=DC, C=torch.addmm(C, u.mT, u, alpha=sign) if m < n else torch.add(C, K, alpha=sign)) | rest
     Ct = input_proxy(delta, p) if covariance is None else covariance / covariance.trace()
     return dict(DC=torch.addmm(DC, delta, Ct, alpha=sign), C=torch.add(C, Ct, alpha=sign)) | rest
 

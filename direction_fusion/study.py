@@ -358,7 +358,7 @@ def start(study:Study, seed:int)->tuple[dict, dict]: # parameters that are fused
     b = bench(study)
     if study.heads != 'shared': return b.base, b.roles
     head = {f'head.{k}': v for k, v in _fresh(study, study.tasks[0], seed).items()}
-    return b.base | head, b.roles | {'head.weight': 'linear', 'head.bias': 'bias'}
+    return b.base | head, b.roles | {'head.weight': 'head', 'head.bias': 'head'}
 
 def _fresh(study:Study, task:str, seed:int)->dict: # a head before training
     b = bench(study)
@@ -632,6 +632,9 @@ def _maker(study, method, params, seed, experts, files)->Callable: # names → t
     return make
 
 # %% ../nbs/14_study.ipynb #62bcfa37
+def _shared_head(study, m): # what of the fused model and its record it decides
+    return [study.heads] * (study.heads == 'shared') + ['averaged'] * (study.heads == 'shared' and m.linear_only)
+
 def folding(
     study:Study,                 # the study
     method:str,                  # key of `METHODS`
@@ -646,7 +649,7 @@ def folding(
     def fused(names):
         names = [n for n in study.tasks if n in names] if m.order_free else list(names)
         more = [[b.prints[n] for n in names], study.max_tokens, study.stat_examples, study.data_seed] if m.needs else []
-        more = [*more, *[wanted] * (wanted is not None), *[study.heads] * (study.heads == 'shared')]
+        more = [*more, *[wanted] * (wanted is not None), *_shared_head(study, m)]
         made_of = [files[n].stem for n in names], method, full, seed if m.random else 0, more
         key = digest('fused', code_print(method), b.print, made_of)
         path, made = study.cache/'fused'/f'{key}.json', None
@@ -873,7 +876,7 @@ def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: 
     b, names, m = bench(study), task_order(study, order), get_method(method)
     return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], recipe_key(recipe_of(study, seed)),
                   method_label(method, params), seed, code_print(method), study.evaluate,
-                  *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')),
+                  *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')), *_shared_head(study, m)[1:],
                   [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else [],
                   *[_recalibration(study)] * (study.recalibrate > 0))
 
