@@ -41,8 +41,9 @@ $(READY): pyproject.toml constraints.txt requirements-data.txt
 study: $(READY)
 	@.venv/bin/direction-fusion study '$(STUDY)' $(ARGS)
 
+# One process a core; the tests of one file stay together, for they share what took long to make.
 test: $(READY)
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests --numprocesses auto --dist loadfile $(ARGS)
 
 export: $(READY)
 	@.venv/bin/nbdev-export

@@ -1549,6 +1549,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'direction_fusion.train._frozen': ('train.html#_frozen', 'direction_fusion/train.py'),
                                         'direction_fusion.train._heartbeat': ('train.html#_heartbeat', 'direction_fusion/train.py'),
                                         'direction_fusion.train._macro': ('train.html#_macro', 'direction_fusion/train.py'),
+                                        'direction_fusion.train._trained': ('train.html#_trained', 'direction_fusion/train.py'),
                                         'direction_fusion.train.adapted': ('train.html#adapted', 'direction_fusion/train.py'),
                                         'direction_fusion.train.check_images': ('train.html#check_images', 'direction_fusion/train.py'),
                                         'direction_fusion.train.digest': ('train.html#digest', 'direction_fusion/train.py'),

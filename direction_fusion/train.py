@@ -314,7 +314,13 @@ def train_expert(
     **tracking,                         # further TrainingArguments
 )->Path:                                # the expert's file
     "Fine-tune one expert, or find it in the cache."
-    path = Path(cache)/f'{key}.safetensors'
+    def fit():
+        model = Classifier(backbone, classes, recipe.seed)
+        if head: model.head.load_state_dict(dict(head))
+        return finetune(model, task['train'], recipe, pad_id, tell, **tracking), model.head.state_dict()
+    return _trained(backbone, recipe, Path(cache)/f'{key}.safetensors', init, fit)
+
+def _trained(backbone, recipe, path, init, fit): # the file of what `fit`, which gives log and heads, makes of the backbone
     if path.exists(): return path
     with made_once(path):
         if path.exists(): return path
@@ -322,13 +328,10 @@ def train_expert(
         torch.set_num_threads(recipe.threads)
         try:
             if init: backbone.load_state_dict(before | dict(init))
-            with adapted(backbone, recipe):
-                model = Classifier(backbone, classes, recipe.seed)
-                if head: model.head.load_state_dict(dict(head))
-                log = finetune(model, task['train'], recipe, pad_id, tell, **tracking)
+            with adapted(backbone, recipe): log, heads = fit()
             state = {k: v.clone() for k, v in backbone.state_dict().items() if not _frozen(f'backbone.{k}', recipe.freeze)}
             about = dict(recipe=asdict(recipe), seconds=time.time() - t0, log=log, torch=torch.__version__)
-            save_expert(path, state, model.head.state_dict(), about)
+            save_expert(path, state, heads, about)
         finally: backbone.load_state_dict(before)
     return path
 
@@ -370,21 +373,10 @@ def train_together(
     tell:Callable[[float], None]=lambda share: None, # is told the share of steps done
 )->Path:                                 # `path`: parameters and heads `task.weight`, `task.bias`
     "Train one backbone on rows of several tasks; a finished file is not made again."
-    if (path := Path(path)).exists(): return path
-    with made_once(path):
-        if path.exists(): return path
-        t0, before = time.time(), {k: v.clone() for k, v in backbone.state_dict().items()}
-        torch.set_num_threads(recipe.threads)
-        try:
-            if init: backbone.load_state_dict(before | dict(init))
-            with adapted(backbone, recipe):
-                log = finetune(model := Heads(backbone, list(heads.values()), penalty), rows, recipe, pad_id, tell)
-            state = {k: v.clone() for k, v in backbone.state_dict().items() if not _frozen(f'backbone.{k}', recipe.freeze)}
-            named = {f'{n}.{k}': v for n, h in zip(heads, model.split()) for k, v in h.items()}
-            about = dict(recipe=asdict(recipe), seconds=time.time() - t0, log=log, torch=torch.__version__)
-            save_expert(path, state, named, about)
-        finally: backbone.load_state_dict(before)
-    return path
+    def fit():
+        log = finetune(model := Heads(backbone, list(heads.values()), penalty), rows, recipe, pad_id, tell)
+        return log, {f'{n}.{k}': v for n, h in zip(heads, model.split()) for k, v in h.items()}
+    return _trained(backbone, recipe, Path(path), init, fit)
 
 def replayed(
     now:list[dict],                # rows of the task that is learnt
