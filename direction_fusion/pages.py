@@ -33,9 +33,9 @@ def published(
 
 def streams(
     published:Mapping[str, Sequence], # study → records
-)->dict[str, list]:                   # the same without `NAME_all`, which takes every method, as given, to the experts of `NAME`
+)->dict[str, list]:                   # the same without `NAME_all` and the like, which take other methods or examples to the tasks of `NAME`
     "The studies that are streams of their own."
-    return {s: rs for s, rs in published.items() if s.removesuffix('_all') == s or s.removesuffix('_all') not in published}
+    return {s: rs for s, rs in published.items() if (of := s.rpartition('_')[0]) not in published or not of}
 
 # %% ../nbs/40_pages.ipynb #97e250cc
 def published_choices(
