@@ -352,7 +352,7 @@ def _owner(ck:Checkpoint, k:str, among:Iterable[str])->str|None: # which of the 
 def _may_tie(ck:Checkpoint, k:str)->bool: # tables of an encoder and a decoder are shared whatever is said of the output layer
     return ck.config.get('tie_word_embeddings') is not False or 'embed' in k
 
-def _copies(base:Checkpoint, experts:Sequence[Checkpoint])->dict[str, str]: # name of the base → name that it is tied to
+def _copies(base:Checkpoint, experts:Sequence[Checkpoint], remedy:str)->dict[str, str]: # the base's names → what they are tied to
     out, shared = {}, [o for o in base if o not in base.copies and all(o in e for e in experts)]
     for k in [k for k in base if k in base.copies or any(k not in e for e in experts) and not _is_kept(k, base.meta[k])]:
         lacking, owner = [e for e in experts if k not in e], _owner(base, k, shared)
@@ -369,7 +369,7 @@ def _copies(base:Checkpoint, experts:Sequence[Checkpoint])->dict[str, str]: # na
         for k in [k for k in e if k not in base and not _is_kept(k, e.meta[k])]:
             if not _may_tie(base, k) or _owner(e, k, base) is None:
                 raise ValueError(f"{_who(base, e)} has {_some(k for k in e if k not in base)}, which the base lacks; "
-                                 f"keep task heads apart from the fused weights{_hint(base, e)}")
+                                 f"{remedy}{_hint(base, e)}")
     return out
 
 def _who(base:Checkpoint, e:Checkpoint)->str: # the expert's name, and its class where that differs
@@ -412,21 +412,38 @@ def _check_distinct(cks:Sequence[Checkpoint], first:str)->None: # `first`: what 
             who = f"{b.name} and {a.name}{'' if i else first}"
             if inodes[i] == inodes[j]: raise ValueError(f"{who} are the same files; {_ONCE}")
             if shapes[i] == shapes[j] and bytes_[i] == bytes_[j] and all(_same_bits(a[k], b[k]) for k in a):
-                raise ValueError(f"{who} hold the same weights; {_ONCE}")
+                apart = any(isinstance(m, View) and len(m) < len(m.inner) for m in (a, b))
+                raise ValueError(f"{who} hold the same weights{', heads aside' if apart else ''}; {_ONCE}")
 
 _ONCE = 'give each model once, with a larger weight if it shall count more'
 
 # %% ../nbs/20_checkpoints.ipynb #6513f71d
+_UPPER = re.compile(r'(?:\w+\.)?pooler\.|(?:cls|lm_head|vocab_(?:transform|layer_norm|projector)|\w+_predictions)\.').match
+
+def _heads(base:Checkpoint, experts:Sequence[Checkpoint], roles:Mapping)->set[str]: # what stays the base's with its task head
+    out, parts, shared = {k for k in base if roles[k] == 'head'}, {}, [o for o in base if all(o in e for e in experts)]
+    for k in base:
+        if (m := _UPPER(k)) and _owner(base, k, shared) is None: parts.setdefault(m[0], []).append(k)
+    kind = lambda m: m.config.get('architectures')
+    other = [e for e in experts if kind(e) != kind(base) or 'head' in e.roles.values()]
+    return out.union(*(ks for ks in parts.values() if any(not any(k in e for k in ks) for e in other)))
+
 def check_checkpoints(
     base:Checkpoint,               # the base
     experts:Sequence[Checkpoint],  # experts
     base_is_expert:bool=False,     # the base may be one of the experts, as in an interpolation between it and another model
+    roles:Mapping[str, str]|None=None, # of the base's parameters: task heads stay the base's; None: they are compared too
 )->Match:                          # how the names of the base are fused
     "Raise `ValueError` naming expert, parameter and remedy unless all `experts` fit `base`."
-    experts = list(experts)
+    experts, whole, heads = list(experts), base, set()
     if not experts: raise ValueError("`experts` must hold at least one checkpoint, got none")
     for e in experts: _check_architecture(base, e)
-    copies = _copies(base, experts)
+    if roles is not None:
+        heads = _heads(base, experts, roles)
+        apart = lambda m: {k for k in m if k in heads or k not in whole and m.roles[k] == 'head'}
+        base, *experts = (View(m, {k: k for k in m if k not in a}) if (a := apart(m)) else m for m in (base, *experts))
+    remedy = 'keep task heads apart from the fused weights' if roles is None else 'choose a base that has a place for it'
+    copies = _copies(base, experts, remedy)
     for e in experts:
         for k, b in base.meta.items():
             if k not in e or k in copies: continue
@@ -436,5 +453,5 @@ def check_checkpoints(
             if m.dtype.is_floating_point != b.dtype.is_floating_point:
                 raise ValueError(f"{e.name}, {k!r}: expected dtype like {b.dtype}, got {m.dtype}")
     _check_distinct(experts if base_is_expert else [base, *experts], '' if base_is_expert else ' (the base)')
-    kept = [k for k, m in base.meta.items() if _is_kept(k, m)]
-    return Match([k for k in base if k not in copies and k not in set(kept)], copies, kept)
+    kept = {k: None for k, m in whole.meta.items() if k in heads or _is_kept(k, m)}
+    return Match([k for k in base if k not in copies and k not in kept], copies, list(kept))

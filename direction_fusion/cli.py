@@ -166,6 +166,7 @@ def fuse(
     role:Annotated[list[str]|None, typer.Option(help="e.g. '*.ln_f.weight=norm'; may be repeated")]=None,
     heads:Annotated[str|None, typer.Option(help='task heads: refuse, base, fuse or keep')]=None,
     tokens:Annotated[str|None, typer.Option(help='tokens that not all models know: base, union or intersection')]=None,
+    labels:Annotated[str|None, typer.Option(help='of heads that are fused: agree or union')]=None,
     dtype:Annotated[str|None, typer.Option(help="of the output; the base's unless said")]=None,
     adapter_rank:Annotated[int|None, typer.Option(help='write a LoRA adapter of this rank in place of a model')]=None,
     max_shard:Annotated[str|None, typer.Option(help='most bytes in a file, 5GB unless said')]=None,
@@ -175,8 +176,8 @@ def fuse(
 ):
     "Fuse checkpoints on disk into one. A run that was broken off goes on where it stopped."
     from direction_fusion.streaming import fuse_checkpoints, fuse_recipe
-    given = dict(heads=heads, tokens=tokens, dtype=dtype, max_shard=max_shard, seed=seed, adapter_rank=adapter_rank,
-                 weights=_floats('weights', weights), roles=_params(role) or None)
+    given = dict(heads=heads, tokens=tokens, labels=labels, dtype=dtype, max_shard=max_shard, seed=seed,
+                 adapter_rank=adapter_rank, weights=_floats('weights', weights), roles=_params(role) or None)
     given = {k: v for k, v in given.items() if v is not None} | dict(threads=threads, overwrite=overwrite)
     with _bar('fusing') as advance:
         if all(Path(m, 'adapter_config.json').is_file() for m in models): done = _fuse_adapters(models, method, out, given, param)

@@ -295,6 +295,8 @@ class Inspection:
         out = [f"{base}, {n} expert{'s' * (n != 1)}: {f['numbers']:,} numbers in {f['parameters']} parameters "
                f"can be fused, {f['left']} parameters stay apart",
                f"interference was looked at in {f['looked']} of {f['maps']} linear maps"]
+        if 'head' in {*self.groups.role, *self.differences.get('what', ())}:
+            out += ["task heads are not looked at: to fuse, say heads='keep', 'base' or 'fuse'"]
         if e: out += [f"{self.method} takes about {_time(e['total'])} (reading {_time(e['reading'])}, computing "
                       f"{_time(e['computing'])}, writing {_time(e['writing'])}), {_size(e['memory'])} of memory beside "
                       f"Python's own, {_size(e['disk'])} on disk: an estimate"]

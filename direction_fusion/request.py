@@ -164,7 +164,8 @@ def make_request(
     same = base is None or any(e.files == base.files for e in experts)
     base = ZeroBase(experts[0]) if base is None else base
     roles = roles_of(base.meta, roles)
-    moved, match = moving(roles, heads), check_checkpoints(base, experts, same) # heads first: they may differ in shape
+    moved = moving(roles, heads)
+    match = check_checkpoints(base, experts, same, roles if heads == 'base' else None)
     fused, copies = set(match.fused), shared_names(base, match)
     return Request(base, tuple(experts), name, m, params, roles,
                    tuple(k for k in moved if k in fused and k not in copies),

@@ -406,11 +406,14 @@ def manifest(
 def verify(
     folder:str|os.PathLike, # an output
 )->int:                     # how many tensors were compared
-    "Raise `ValueError` unless every tensor in `folder` is the one that its fusion.json lists."
-    ck, want = open_checkpoint(folder), read_json(Path(folder)/'fusion.json', f'{folder}/fusion.json')['outputs']
-    if d := ck.keys() ^ want.keys(): raise ValueError(f"{folder}: only one of weights and fusion.json has {_some(d)}")
-    if d := [k for k in ck if ck.digest(k) != want[k]]: raise ValueError(f"{folder}: {_some(d)} changed since the fusion")
-    return len(ck)
+    "Raise `ValueError` unless every tensor in `folder`, task heads among them, is the one that its fusion.json lists."
+    about, n = read_json(Path(folder)/'fusion.json', f'{folder}/fusion.json'), 0
+    for f, want in {'': about.get('outputs', {}), **about.get('head_files', {})}.items():
+        ck = open_checkpoint(Path(folder)/f)
+        if d := ck.keys() ^ want.keys(): raise ValueError(f"{ck.name}: only one of weights and fusion.json has {_some(d)}")
+        if d := [k for k in ck if ck.digest(k) != want[k]]: raise ValueError(f"{ck.name}: {_some(d)} changed since the fusion")
+        n += len(ck)
+    return n
 
 # %% ../nbs/21_writing.ipynb #5d0f17f7
 _CARD = """---
@@ -423,7 +426,7 @@ Every weight was computed in float32 or better and rounded once.
 | role | model |
 |---|---|
 {rows}
-
+{note}
 ## Method
 
 {method}: {cite}.{variant}
@@ -449,6 +452,7 @@ def model_card(
     params:Mapping,               # hyper-parameters
     recipe:Mapping|None=None,     # as the user gave it; None: base, experts and parameters
     title:str='Fused model',      # heading
+    note:str='',                  # a paragraph on what else the reader should know of the weights
 )->str:                           # what was written
     "Write README.md with the head that the model hub reads."
     hub = [n for n in dict.fromkeys([base, *experts]) if re.fullmatch(r'\w[\w.-]*/[\w.-]+', n) and not os.path.exists(n)]
@@ -460,6 +464,6 @@ def model_card(
         head=dump(head), title=title, n=len(experts), s='s' * (len(experts) != 1), were='were' if len(experts) != 1 else 'was',
         rows='\n'.join(f'| {r} | {n} |' for r, n in [('base', base), *(('expert', e) for e in experts)]), method=method['title'],
         cite=method['cite'], variant=f" Variant: {method['variant']}." if method.get('variant') else '', version=__version__,
-        params=', '.join(f'{k} = {v}' for k, v in params.items()) or 'none', recipe=dump(recipe))
+        params=', '.join(f'{k} = {v}' for k, v in params.items()) or 'none', recipe=dump(recipe), note=f'\n{note}\n' * bool(note))
     with atomic_path(Path(folder)/'README.md') as p: p.write_text(text, encoding='utf-8')
     return text
