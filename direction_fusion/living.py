@@ -6,8 +6,10 @@
 __all__ = ['STATE', 'TensorFile', 'locked', 'ordered', 'read_about', 'add_expert', 'remove_expert', 'export_fusion']
 
 # %% ../nbs/26_living.ipynb #068fd733
+import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections import deque
@@ -61,15 +63,21 @@ STATE = 'fusion.safetensors' # in the folder of a living fusion
 
 @contextmanager
 def locked(folder:Path): # a folder, made if need be
-    "Refuse a second writer as long as the first one works."
+    "Refuse a second writer as long as the first one works. What a killed one left goes; so does a folder that stays empty."
+    if os.path.lexists(folder) and not folder.is_dir(): raise ValueError(f"{folder} is a file; a living fusion is a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'.lock', 'w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise ValueError(f"{folder} is being changed by another process; wait until it is done") from None
-        yield
+        for p in [*folder.glob('.part-*.safetensors'), *folder.glob('heads/.part-*.safetensors')]: p.unlink()
+        try: yield
+        finally:
+            if not (folder/STATE).exists(): (folder/'.lock').unlink()
+            if not os.listdir(folder): folder.rmdir()
 
 def ordered(f:Callable, items, threads:int=0)->Iterator: # f(item) for each item, in order; a few are computed ahead
     "Map on several threads, in order, with little in memory."
+    if threads < 0: raise ValueError(f"`threads` must be at least 0, got {threads}")
     n = threads or n_cores()
     with one_thread(), ThreadPoolExecutor(n) as pool:
         waiting = deque()
@@ -97,7 +105,8 @@ def read_about(
 
 def _base_of(about:dict, base, folder)->Checkpoint: # the base of a living fusion, or an error
     if not (base or about['source']): raise ValueError(f"{folder} does not say where its base lies: pass `base`")
-    base = base if isinstance(base, Checkpoint) else open_checkpoint(base or about['source'])
+    try: base = base if isinstance(base, Checkpoint) else open_checkpoint(base or about['source'])
+    except FileNotFoundError as e: raise FileNotFoundError(f"the base of {folder} is not to be had ({e}); pass `base`") from None
     if about['keep']: base = without_heads(base)
     if (got := fingerprint(base)) != about['base']:
         raise ValueError(f"{folder} was made with a base of fingerprint {about['base']}, {base.name} has {got}: "
@@ -128,6 +137,14 @@ def _steps(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, weight:f
     yield from ordered(step, _moved(about), threads)
 
 # %% ../nbs/26_living.ipynb #24dd2f82
+@contextmanager
+def _full(folder:Path): # a disk without room, by name
+    try: yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        raise OSError(e.errno, f"no room for the next state in {folder} ({e.strerror}); the last one is whole: make room, and "
+                               "add again") from None
+
 _LISTS = 'names', 'weights', 'ids', 'norms' # what a fusion knows of each expert
 
 def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|None, entry:tuple, threads:int,
@@ -136,7 +153,7 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
     m, new = METHODS[about['method']], dict(about)
     weight, squares, merged = about['weights'][i] if i is not None else entry[1], 0., 0.
     count = tally(sum(base.meta[k].nbytes for k in _moved(about)), advance)
-    with atomic_path(folder/STATE) as tmp:
+    with atomic_path(folder/STATE) as tmp, _full(folder):
         f = TensorFile(tmp, 4 * len(about['roles']), {}, 4096 + 2 * len(json.dumps(about)))
         for k, state, dd, mm in _steps(about, base, expert, folder, weight, i is not None, threads):
             squares, merged = squares + dd, merged + mm
@@ -194,12 +211,15 @@ def add_expert(
             base = _base_of(about, base, folder)
         else:
             if base is None: raise ValueError(f"{folder} holds no fusion yet: the first expert needs `base`")
+            if other := [f for f in os.listdir(folder) if f not in ('.lock', 'heads') and not f.startswith('.part-')]:
+                raise ValueError(f"{folder} holds no fusion, but {_some(other)}; name a folder of its own")
             base = base if isinstance(base, Checkpoint) else open_checkpoint(base)
             base = without_heads(base) if heads == 'keep' else base
             about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
         full = match_names(base, open_expert(expert, base))
         expert, name = without_heads(full) if about['keep'] else full, name or _called(full)
+        if not math.isfinite(weight): raise ValueError(f"`weight` must be finite, got {weight}")
         if weight != 1 and not accepted(m, 'weight'):
             raise ValueError(f"{about['method']!r} does not weigh experts; leave `weight` at 1")
         i = _check_new(about, base, expert, name)

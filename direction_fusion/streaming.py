@@ -35,8 +35,8 @@ from .request import (CHUNK, DTYPES, Cast, Request, ZeroBase, check_finite, make
                                       row_ranges, run_all, tally, witnessed)
 from .soup import gram_scan
 from .sparse import ties, ties_scan, ties_survey
-from .vocabulary import (MODES, RowMatch, align_labels, align_tokens, head_files, head_parameters, split_heads,
-                                         without_heads, write_tokenizer)
+from .vocabulary import (LABEL_MODES, MODES, RowMatch, align_labels, align_tokens, head_files, head_parameters,
+                                         split_heads, without_heads, write_tokenizer)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card, overflowed, round_to
 
 # %% ../nbs/25_streaming.ipynb #fd087479
@@ -493,6 +493,8 @@ def arrange(
 )->tuple[Checkpoint|None, list[Checkpoint], RowMatch|None]: # views with the same parameters, and how tokens were matched
     "Bring heads and vocabularies of all models into line."
     if heads not in HEADS_ON_DISK: raise ValueError(f"`heads` must be one of {', '.join(HEADS_ON_DISK)}, got {heads!r}")
+    for what, given, known in [('tokens', tokens, MODES), ('labels', labels, LABEL_MODES)]:
+        if given not in known: raise ValueError(f"`{what}` must be one of {', '.join(known)}, got {given!r}")
     found = [(m, head_parameters(m)[0]) for m in (base, *experts) if m is not None and head_parameters(m)]
     if heads == 'refuse' and found:
         raise ValueError(f"{found[0][0].name} has a task head, {found[0][1]!r}: heads='keep' puts the experts' heads into "
@@ -539,7 +541,7 @@ def fuse_checkpoints(
                            values.__getitem__ if values else None, **params)
     recipe = recipe or dict(method=request.name, base=base and base.name, experts=[e.name for e in opened],
                             parameters=request.params)
-    if adapter_rank: return _write_adapter(request, out, adapter_rank, overwrite, threads, recipe, advance)
+    if adapter_rank is not None: return _write_adapter(request, out, adapter_rank, threads, recipe, advance)
     return _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance)
 
 # %% ../nbs/25_streaming.ipynb #74256f4b
@@ -584,11 +586,11 @@ def merged_deltas(
         yield k, scale * spill.load(k, 0, shape or (1,)).reshape(shape) if spill else delta_whole(request, k, survey)[0]
         advance(request.base.meta[k].nbytes)
 
-def _write_adapter(request, out, r, overwrite, threads, recipe, advance)->dict: # the merged task vector as an adapter
+def _write_adapter(request, out, r, threads, recipe, advance)->dict: # the merged task vector as an adapter
     if r < 1: raise ValueError(f"`adapter_rank` must be at least 1, got {r}")
     count = tally(sum(request.base.meta[k].nbytes for k in request.moving), advance)
     adapter, left = lora_adapter(merged_deltas(request, out.parent, count), request.roles, r, request.base)
-    write_adapter(out, adapter, request.base.name, base=request.base, overwrite=overwrite)
+    write_adapter(out, adapter, request.base.name, base=request.base, overwrite=True) # `check_out` has allowed it
     m, made = request.method, _adapter_digests(out)
     model_card(out, Path(request.base.name).name, [Path(e.name).name for e in request.experts],
                dict(title=m.title, cite=m.cite, variant=m.variant), request.params, recipe)
@@ -616,7 +618,8 @@ def fuse_recipe(
     said = dict(heads=r.heads, tokens=r.tokenizer, max_shard=r.max_shard, read_dtype=r.dtype, dtype=r.out_dtype or r.dtype,
                 adapter_rank=r.adapter_rank)
     first = r.at('') if not r.varies else None
+    check = lambda names: r.plan(names) if r.varies else r.plan(names) and None # the number of layers, where the recipe says it
     return fuse_checkpoints(r.base, r.experts, r.method, out, r.names, seed=r.seed, recipe=r.to_mapping(),
                             roles=kw.pop('roles', None) or _as_stored(r),
-                            plan=r.plan if r.varies else None, weights=first and first[1], **(first[0] if first else {}),
-                            **kw | {n: v for n, v in said.items() if v is not None})
+                            plan=check if r.varies or r.layers else None, weights=first and first[1],
+                            **(first[0] if first else {}), **kw | {n: v for n, v in said.items() if v is not None})

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from .checkpoints import Checkpoint, View, open_checkpoint, read_json, tensor_digest
+from .writing import save_tensors
 from .core import _some, atomic_path
 
 # %% ../nbs/24_vocabulary.ipynb #aa9bfc32
@@ -474,7 +475,7 @@ def without_heads(
 _FINAL = re.compile(r'(?:out_proj|(?:^|\.)(?:classifier|score|qa_outputs))\.weight$').search
 
 def _label_map(config:Mapping)->dict[int, str]: # row → label as config.json has it; empty if it has none
-    if isinstance(ids := config.get('id2label'), Mapping): return {int(i): str(n) for i, n in ids.items()}
+    if ids := config.get('id2label'): return {int(i): str(n) for i, n in ids.items()}
     return {int(i): str(n) for n, i in (config.get('label2id') or {}).items()}
 
 def label_names(
@@ -520,9 +521,7 @@ def split_heads(
     for n, file in files.items():
         e = held[n]
         about = {f: e.config.get(f) for f in _FACTS} | dict(expert=n, labels=label_names(e)[0])
-        with atomic_path(file) as p:
-            save_file({k: e[k].contiguous() for k in head_parameters(e)}, p,
-                      {'format': 'pt', 'direction_fusion': json.dumps(about)})
+        with atomic_path(file) as p: save_tensors({k: e[k] for k in head_parameters(e)}, p, direction_fusion=json.dumps(about))
     return files
 
 def read_head(
