@@ -1352,6 +1352,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'direction_fusion.streaming._adapter_digests': ( 'streaming.html#_adapter_digests',
                                                                                              'direction_fusion/streaming.py'),
                                             'direction_fusion.streaming._apart': ('streaming.html#_apart', 'direction_fusion/streaming.py'),
+                                            'direction_fusion.streaming._as_recipe': ( 'streaming.html#_as_recipe',
+                                                                                       'direction_fusion/streaming.py'),
                                             'direction_fusion.streaming._as_stored': ( 'streaming.html#_as_stored',
                                                                                        'direction_fusion/streaming.py'),
                                             'direction_fusion.streaming._countdown': ( 'streaming.html#_countdown',

@@ -228,13 +228,15 @@ def add(
     name:Annotated[str|None, typer.Option(help="how the expert is called; its folder's name unless said")]=None,
     param:Annotated[list[str]|None, typer.Option('--param', '-p', help='hyper-parameter of a new fusion')]=None,
     weight:Annotated[float, typer.Option(help='for methods that weigh experts')]=1.,
+    role:Annotated[list[str]|None, typer.Option(help="of a new fusion, e.g. '*.ln_f.weight=norm'; may be repeated")]=None,
     heads:Annotated[str|None, typer.Option(help='task heads, of a new fusion: refuse, base, fuse or keep')]=None,
+    seed:Annotated[int|None, typer.Option(min=0, help='of a new fusion, for methods that draw')]=None,
     threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
 ):
     "Fold one more expert into a living fusion."
     from direction_fusion.living import add_expert
     with _bar('adding') as advance:
-        about = add_expert(state, expert, base, method, name, weight, heads=heads, threads=threads, advance=advance,
+        about = add_expert(state, expert, base, method, name, weight, _params(role) or None, heads, seed, threads, advance,
                            **_params(param))
     print(f"{state}: {about['method']} of {', '.join(about['names'])}")
 

@@ -539,12 +539,19 @@ def fuse_checkpoints(
     values = plan(list(base or arranged[0])) if plan else None
     request = make_request(base, arranged, method, weights, roles, 'base' if heads == 'keep' else heads, seed, dtype,
                            values.__getitem__ if values else None, **params)
-    recipe = recipe or dict(method=request.name, base=base and base.name, experts=[e.name for e in opened],
-                            parameters=request.params)
+    recipe = recipe or _as_recipe(request, base, opened, heads=heads, tokenizer=tokens, labels=labels, seed=seed,
+                                  dtype=read_dtype, out_dtype=dtype, adapter_rank=adapter_rank)
     if adapter_rank is not None: return _write_adapter(request, out, adapter_rank, threads, recipe, advance)
     return _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance)
 
 # %% ../nbs/25_streaming.ipynb #74256f4b
+_PLAIN = dict(heads='refuse', tokenizer='agree', labels='agree', seed=0) # what a recipe need not say
+
+def _as_recipe(request, base, opened, **more)->dict: # the request as a recipe of our own form
+    rows = [e.name if w == 1 else dict(model=e.name, weight=w) for e, w in zip(opened, request.weights)]
+    return dict(method=request.name, base=base and base.name, experts=rows, parameters=request.params) | {
+        k: v for k, v in more.items() if v not in (None, _PLAIN.get(k))}
+
 def _note(request, heads)->str: # for the model card: what became of heads
     left = [f'{_some(ks)} of {Path(e.name).name}' for e, ks in zip(request.experts, left_out(request)) if ks]
     if heads: return f"Task heads were not fused: those of the experts are in {', '.join(f'`{f}`' for f in heads)}."
@@ -615,8 +622,8 @@ def fuse_recipe(
     r = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     if r.tokenizer not in (None, *MODES):
         raise ValueError(f"a tokenizer from {r.tokenizer!r} is not supported; choose from {', '.join(MODES)}")
-    said = dict(heads=r.heads, tokens=r.tokenizer, max_shard=r.max_shard, read_dtype=r.dtype, dtype=r.out_dtype or r.dtype,
-                adapter_rank=r.adapter_rank)
+    said = dict(heads=r.heads, tokens=r.tokenizer, labels=r.labels, max_shard=r.max_shard, read_dtype=r.dtype,
+                dtype=r.out_dtype or r.dtype, adapter_rank=r.adapter_rank)
     first = r.at('') if not r.varies else None
     check = lambda names: r.plan(names) if r.varies else r.plan(names) and None # the number of layers, where the recipe says it
     return fuse_checkpoints(r.base, r.experts, r.method, out, r.names, seed=r.seed, recipe=r.to_mapping(),
