@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['cores', 'truncate', 'side', 'core_method', 'fuse_factors', 'coefficients', 'lengths', 'fuse_dora', 'full_delta',
-           'fuse_adapters', 'delta_norm2']
+           'fuse_adapters', 'delta_norm2', 'write_fused_adapter']
 
 # %% ../nbs/28_adapter_fusion.ipynb #249ee384
 import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 import torch
 from torch import Tensor
-from .adapters import AdaptedCheckpoint, Adapter, Factors, bind_adapter, delta_of, delta_to_lora, read_adapter
-from .checkpoints import Checkpoint, Meta
+from .adapters import (AdaptedCheckpoint, Adapter, Factors, bind_adapter, delta_of, delta_to_lora, read_adapter,
+                                       read_tensors, write_adapter)
+from .checkpoints import Checkpoint, Meta, tensor_digest
 from .core import named_roles
 from .fusion import HEADS, merge_deltas, resolve_method, run_survey, takes_rule
 from .geometry import rank_for
@@ -23,6 +25,7 @@ from .methods import METHODS, Method, accepted
 from .orthogonal import opcm_add_other
 from .soup import soup_add, sum_add
 from .spectral import cts_split, leading, polar_factor, with_svc
+from .writing import check_out, manifest, model_card
 
 # %% ../nbs/28_adapter_fusion.ipynb #85b82392
 def cores(
@@ -160,6 +163,18 @@ def full_delta(
     return delta_of(f) if f.magnitude is None else lengths(f, W)[:, None] * (W + delta_of(f)) - W
 
 # %% ../nbs/28_adapter_fusion.ipynb #b62f67ae
+def _content(a:Adapter)->dict: # (parameter, place) → digest or number, of all that decides what it adds
+    parts = {(k, i): x for k, f in a.factors.items() for i, x in enumerate(f)}
+    parts |= {(k, n): x for n, xs in [('value', a.values), ('shift', a.shifts)] for k, x in xs.items()}
+    return {k: tensor_digest(x) if isinstance(x, Tensor) else x for k, x in parts.items()}
+
+def _check_distinct(adapters:Sequence[Adapter])->None: # that none is there twice
+    held = [_content(a) for a in adapters]
+    for i, j in combinations(range(len(held)), 2):
+        if held[i] == held[j]:
+            raise ValueError(f"{adapters[j].name} and {adapters[i].name} hold the same adapter; give each once, with a larger "
+                             "weight if it shall count more")
+
 def _by_name(adapters:Sequence[Adapter], base:Checkpoint|None)->tuple[list, list, dict]: # factors, values as deltas, own names
     if base is None:
         known = {a.base_name.rstrip('/').split('/')[-1] for a in adapters if a.base_name}
@@ -255,6 +270,7 @@ def fuse_adapters(
     "Adapters as one adapter: the rule of a method on the deltas that they stand for."
     if not adapters: raise ValueError("`adapters` must hold at least one adapter, got none")
     adapters = [a if isinstance(a, Adapter) else read_adapter(a) for a in adapters]
+    _check_distinct(adapters)
     plan, T = _plan(method, params, weights, len(adapters), adapter_rank, seed), len(adapters)
     parts, deltas, names = _by_name(adapters, base)
     first = {k: f for p in reversed(parts) for k, f in p.items()}
@@ -300,3 +316,25 @@ def delta_norm2(
     "‖Δ‖² = s²·⟨BᵀB, AAᵀ⟩."
     B, A = f.B.double(), f.A.double()
     return float(f.scale ** 2 * ((B.mT @ B) * (A @ A.mT)).sum())
+
+# %% ../nbs/28_adapter_fusion.ipynb #795ecf28
+def write_fused_adapter(
+    adapters:Sequence[str|os.PathLike], # folders
+    method:str='dora',         # key of `METHODS`
+    out:str|os.PathLike='fused', # folder that shall appear
+    overwrite:bool=False,      # replace an earlier output
+    **kw                       # of `fuse_adapters`: weights, adapter_rank, heads, seed, hyper-parameters
+)->dict:                       # content of fusion.json
+    "Adapters without their base as one on disk, with a model card and the digests of all that went in or came out."
+    out, digests = check_out(out, overwrite, adapters), lambda f: {k: tensor_digest(x) for k, x in read_tensors(Path(f)).items()}
+    fused, (name, m, params, weights, seed) = fuse_adapters(adapters, method, **kw), _plan_of(adapters, method, kw)
+    write_adapter(out, fused, overwrite=True) # `check_out` has allowed it
+    names = [Path(a).name for a in adapters]
+    about = dict(title=m.title, cite=m.cite, variant=m.variant)
+    model_card(out, Path(fused.base_name).name or 'their base', names, about, params)
+    inputs = [dict(role='expert', name=n, tensors=digests(a)) for n, a in zip(names, adapters)]
+    return manifest(out, inputs, digests(out), name, params, weights=weights, seed=seed, lost=fused.lost)
+
+def _plan_of(adapters, method, kw): # what `fuse_adapters` made of its arguments
+    own = {k: v for k, v in kw.items() if k not in ('base', 'adapter_rank', 'weights', 'heads', 'seed', 'name')}
+    return _plan(method, own, kw.get('weights'), len(adapters), kw.get('adapter_rank'), kw.get('seed', 0))

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 import xxhash
-from safetensors.torch import save_file
 from torch import Tensor
 from .checkpoints import Checkpoint, Meta, View, locate, open_checkpoint, raw, read_json
 from .core import _VOCABULARY, is_fusable, named_roles, tied_names
 from .geometry import thin_svd
+from .writing import save_tensors
 
 # %% ../nbs/22_adapters.ipynb #1d16796f
 class Factors(NamedTuple):
@@ -84,6 +84,12 @@ _OTHER = dict(
     kasa_config='cuts directions out of the base', megatron_config='belongs to layers of Megatron')
 _MOVED = 'pissa', 'corda', 'olora', 'lora_ga', 'loftq'
 
+def _patterns(config:Mapping, key:str, name:str)->dict: # of rank or alpha: expression → value
+    patterns = config.get(f'{key}_pattern') or {}
+    try: [re.compile(p) for p in patterns.keys()]
+    except (AttributeError, TypeError, re.error) as e: raise ValueError(f"{name}: `{key}_pattern` cannot be read ({e})") from None
+    return patterns
+
 def check_config(
     config:Mapping,       # adapter_config.json
     name:str='adapter'    # how messages call it
@@ -95,6 +101,10 @@ def check_config(
         if not v or k in _INERT: continue
         raise ValueError(f"{name}: `{k}` {_OTHER.get(k, 'is not known here')}, got {v!r}; merge it with PEFT and pass the "
                          "merged model")
+    for key, what, kind in [('r', 'rank', int), ('lora_alpha', 'alpha', int | float)]:
+        for v in [config.get(key, 8), *_patterns(config, what, name).values()]:
+            if not isinstance(v, kind) or isinstance(v, bool) or not 0 < v < math.inf:
+                raise ValueError(f"{name}: `{key}` must be a number above 0, got {v!r}; save the adapter with PEFT again")
     init = config.get('init_lora_weights', True)
     if isinstance(init, str) and init.startswith(_MOVED):
         raise ValueError(f"{name}: `init_lora_weights={init!r}` changes the base; save the adapter with PEFT's "
@@ -410,8 +420,7 @@ def write_adapter(
     part = Path(tempfile.mkdtemp(prefix=f'.part-{out.name}-', dir=out.parent))
     old = part.with_name(part.name + '-old')
     try:
-        save_file({f'base_model.model.{prefix}{k}': x.to(dtype).contiguous() for k, x in tensors.items()},
-                  part/'adapter_model.safetensors', {'format': 'pt'})
+        save_tensors({f'base_model.model.{prefix}{k}': x.to(dtype) for k, x in tensors.items()}, part/'adapter_model.safetensors')
         (part/'adapter_config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         part.chmod(0o755)
         if out.is_dir(): out.rename(old) # two renames: a folder cannot replace a full one

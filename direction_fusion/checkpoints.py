@@ -139,7 +139,7 @@ def _open_safetensors(file:Path, label:str)->tuple[dict[str, Meta], Callable[[st
         return views[k]
     return meta, read, {}
 
-_UNQUANTISED = 'take the model before quantisation'
+_UNQUANTISED, _ALIKE = 'take the model before quantisation', 'fuse models of one architecture, each with all of its files'
 
 # %% ../nbs/20_checkpoints.ipynb #adb66784
 def _open_bin(file:Path, label:str)->tuple[dict[str, Meta], Callable[[str], Tensor], dict[str, str]]:
@@ -151,6 +151,9 @@ def _open_bin(file:Path, label:str)->tuple[dict[str, Meta], Callable[[str], Tens
         if foreign := re.search(r'GLOBAL (\S+)|Unsupported class (\S+)', str(e)):
             raise ValueError(f"{label} holds more than tensors ({foreign[1] or foreign[2]}): reading it could run code, so it "
                              "was not read; ask its author for safetensors") from None
+        if (why := re.search(r'Unsupported operand \d+', str(e))) and file.stat().st_size:
+            raise ValueError(f"{label} is damaged, or holds more than tensors ({why[0]}): reading it could run code, so it was "
+                             "not read; copy it again, or ask its author for safetensors") from None
         raise _damage(file, label, e) from None
     return _from_state(state, file, label)
 
@@ -195,6 +198,8 @@ def _layout(folder:Path, name:str)->tuple[list[Path], dict[str, str]|None]: # we
     for stem, ext in [('model', 'safetensors'), ('pytorch_model', 'bin')]:
         if (folder/f'{stem}.{ext}').exists(): return [folder/f'{stem}.{ext}'], None
         if (folder/f'{stem}.{ext}.index.json').exists(): return _from_index(folder, f'{stem}.{ext}.index.json', name)
+    if (folder/'fusion.safetensors').exists():
+        raise ValueError(f"{name} is a living fusion, not a model; write its model with `direction-fusion export` first")
     files = sorted(folder.glob('*.safetensors'))
     if len(files) == 1 and not re.search(r'-of-\d+$', files[0].stem): return files, None
     if files:
@@ -242,6 +247,7 @@ def locate(
     revision:str|None=None, # of a hub name: branch, tag or commit
 )->Path:                    # a folder or file on this machine
     "Where `source` lies, fetched from the hub if it is no path."
+    if not str(source).strip(): raise ValueError("a model must be a folder, a file or a name of the hub, got an empty text")
     path = Path(source).expanduser()
     if os.path.lexists(path):
         if revision: raise ValueError(f"`revision` is for names of the hub, got {revision!r} for {str(source)!r}, which is here")
@@ -258,6 +264,15 @@ def locate(
     return folder
 
 # %% ../nbs/20_checkpoints.ipynb #bc9e1588
+def _read_config(file:Path, label:str)->dict: # of a model; what is looked at has the types of transformers
+    config = read_json(file, label)
+    for key, kind, what in [('architectures', list, 'a list'), ('id2label', dict, 'a mapping'), ('label2id', dict, 'a mapping')]:
+        got = config.get(key) or kind()
+        if not isinstance(got, kind): raise ValueError(f"{label}: `{key}` must be {what}, got {got!r}")
+    if odd := [i for i in config.get('id2label') or () if not i.isdecimal()]:
+        raise ValueError(f"{label}: `id2label` must name rows by number, got {odd[0]!r}")
+    return config
+
 def open_checkpoint(
     source:str|os.PathLike,   # folder, weight file or hub name
     name:str|None=None,       # how messages call it; as `source` unless said
@@ -267,12 +282,13 @@ def open_checkpoint(
     path, name = locate(source, revision), name or str(source)
     folder = path if path.is_dir() else path.parent
     files, where = _layout(path, name) if path.is_dir() else ([path], None)
-    config = read_json(folder/'config.json', f'{name}/config.json') if (folder/'config.json').exists() else {}
+    config = _read_config(folder/'config.json', f'{name}/config.json') if (folder/'config.json').exists() else {}
     parts = []
     for f in files:
         label = name if f == path else f'{name}/{f.name}'
         if f.suffix not in _OPEN:
             raise ValueError(f"{label}: expected a folder, {', '.join(_OPEN)}, got {(f.suffix or f.name)!r}")
+        if f.is_dir(): raise IsADirectoryError(f"{label} cannot be read: it is a folder in the place of a file; move it away")
         try: parts.append(_OPEN[f.suffix](f, label))
         except OSError as e: raise type(e)(f"{label} cannot be read ({e.strerror or e}); see to its rights") from None
     if where is not None: _check_shards(where, {f.name: m for f, (m, _, _) in zip(files, parts)}, name)
@@ -359,7 +375,7 @@ def _copies(base:Checkpoint, experts:Sequence[Checkpoint])->dict[str, str]: # na
         for e in lacking:
             if owner is None or not _may_tie(e, k):
                 raise ValueError(f"{_who(base, e)} lacks {_some(k for k in base if k not in e)}, which the base has"
-                                 + _hint(base, e))
+                                 + (_hint(base, e) or f'; {_ALIKE}'))
         free = [e for e in experts if k in e and not (owner and _tied(e, k, owner))]
         if lacking and free:
             raise ValueError(f"{free[0].name}, {k!r}: differs from {owner!r}, to which {lacking[0].name} ties it; "
@@ -369,8 +385,12 @@ def _copies(base:Checkpoint, experts:Sequence[Checkpoint])->dict[str, str]: # na
         for k in [k for k in e if k not in base and not _is_kept(k, e.meta[k])]:
             if not _may_tie(base, k) or _owner(e, k, base) is None:
                 raise ValueError(f"{_who(base, e)} has {_some(k for k in e if k not in base)}, which the base lacks; "
-                                 f"keep task heads apart from the fused weights{_hint(base, e)}")
+                                 f"{_apart(e, k)}{_hint(base, e)}")
     return out
+
+def _apart(e:Checkpoint, k:str)->str: # what to do about a parameter that the base has no place for
+    if e.roles[k] == 'head': return 'keep task heads apart from the fused weights'
+    return 'choose a base that has a place for it' if _UPPER(k) else _ALIKE
 
 def _who(base:Checkpoint, e:Checkpoint)->str: # the expert's name, and its class where that differs
     a, b = (', '.join(c.config.get('architectures') or ['']) for c in (base, e))
@@ -412,29 +432,46 @@ def _check_distinct(cks:Sequence[Checkpoint], first:str)->None: # `first`: what 
             who = f"{b.name} and {a.name}{'' if i else first}"
             if inodes[i] == inodes[j]: raise ValueError(f"{who} are the same files; {_ONCE}")
             if shapes[i] == shapes[j] and bytes_[i] == bytes_[j] and all(_same_bits(a[k], b[k]) for k in a):
-                raise ValueError(f"{who} hold the same weights; {_ONCE}")
+                apart = any(isinstance(m, View) and len(m) < len(m.inner) for m in (a, b))
+                raise ValueError(f"{who} hold the same weights{', heads aside' if apart else ''}; {_ONCE}")
 
 _ONCE = 'give each model once, with a larger weight if it shall count more'
 
 # %% ../nbs/20_checkpoints.ipynb #6513f71d
+_UPPER = re.compile(r'(?:\w+\.)?pooler\.|(?:cls|lm_head|vocab_(?:transform|layer_norm|projector)|\w+_predictions)\.').match
+
+def _heads(base:Checkpoint, experts:Sequence[Checkpoint], roles:Mapping)->set[str]: # what stays the base's with its task head
+    out, parts, shared = {k for k in base if roles[k] == 'head'}, {}, [o for o in base if all(o in e for e in experts)]
+    for k in base:
+        if (m := _UPPER(k)) and _owner(base, k, shared) is None: parts.setdefault(m[0], []).append(k)
+    kind = lambda m: m.config.get('architectures')
+    other = [e for e in experts if kind(e) != kind(base) or 'head' in e.roles.values()]
+    return out.union(*(ks for ks in parts.values() if any(not any(k in e for k in ks) for e in other)))
+
 def check_checkpoints(
     base:Checkpoint,               # the base
     experts:Sequence[Checkpoint],  # experts
     base_is_expert:bool=False,     # the base may be one of the experts, as in an interpolation between it and another model
+    roles:Mapping[str, str]|None=None, # of the base's parameters: task heads stay the base's; None: they are compared too
 )->Match:                          # how the names of the base are fused
     "Raise `ValueError` naming expert, parameter and remedy unless all `experts` fit `base`."
-    experts = list(experts)
+    experts, whole, heads = list(experts), base, set()
     if not experts: raise ValueError("`experts` must hold at least one checkpoint, got none")
     for e in experts: _check_architecture(base, e)
+    if roles is not None:
+        heads = _heads(base, experts, roles)
+        apart = lambda m: {k for k in m if k in heads or k not in whole and m.roles[k] == 'head'}
+        base, *experts = (View(m, {k: k for k in m if k not in a}) if (a := apart(m)) else m for m in (base, *experts))
     copies = _copies(base, experts)
     for e in experts:
         for k, b in base.meta.items():
             if k not in e or k in copies: continue
             m = e.meta[k]
             if not _is_kept(k, b) and m.shape != b.shape:
-                raise ValueError(f"{_who(base, e)}, {k!r}: expected shape {b.shape}, got {m.shape}")
+                raise ValueError(f"{_who(base, e)}, {k!r}: expected shape {b.shape}, got {m.shape}; {_ALIKE}")
             if m.dtype.is_floating_point != b.dtype.is_floating_point:
-                raise ValueError(f"{e.name}, {k!r}: expected dtype like {b.dtype}, got {m.dtype}")
+                raise ValueError(f"{e.name}, {k!r}: expected dtype like {b.dtype}, got {m.dtype}; "
+                                 "save it as the base is")
     _check_distinct(experts if base_is_expert else [base, *experts], '' if base_is_expert else ' (the base)')
-    kept = [k for k, m in base.meta.items() if _is_kept(k, m)]
-    return Match([k for k in base if k not in copies and k not in set(kept)], copies, kept)
+    kept = {k: None for k, m in whole.meta.items() if k in heads or _is_kept(k, m)}
+    return Match([k for k in base if k not in copies and k not in kept], copies, list(kept))

@@ -166,38 +166,38 @@ def fuse(
     role:Annotated[list[str]|None, typer.Option(help="e.g. '*.ln_f.weight=norm'; may be repeated")]=None,
     heads:Annotated[str|None, typer.Option(help='task heads: refuse, base, fuse or keep')]=None,
     tokens:Annotated[str|None, typer.Option(help='tokens that not all models know: base, union or intersection')]=None,
+    labels:Annotated[str|None, typer.Option(help='of heads that are fused: agree or union')]=None,
     dtype:Annotated[str|None, typer.Option(help="of the output; the base's unless said")]=None,
-    adapter_rank:Annotated[int|None, typer.Option(help='write a LoRA adapter of this rank in place of a model')]=None,
+    adapter_rank:Annotated[int|None, typer.Option(min=1, help='write a LoRA adapter of this rank in place of a model')]=None,
     max_shard:Annotated[str|None, typer.Option(help='most bytes in a file, 5GB unless said')]=None,
-    seed:Annotated[int|None, typer.Option(help='of methods that draw')]=None,
-    threads:Annotated[int, typer.Option(help='side by side; 0: one per core')]=0,
+    seed:Annotated[int|None, typer.Option(min=0, help='of methods that draw')]=None,
+    threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
     overwrite:Annotated[bool, typer.Option(help='replace an earlier output')]=False,
 ):
     "Fuse checkpoints on disk into one. A run that was broken off goes on where it stopped."
     from direction_fusion.streaming import fuse_checkpoints, fuse_recipe
-    given = dict(heads=heads, tokens=tokens, dtype=dtype, max_shard=max_shard, seed=seed, adapter_rank=adapter_rank,
-                 weights=_floats('weights', weights), roles=_params(role) or None)
+    given = dict(heads=heads, tokens=tokens, labels=labels, dtype=dtype, max_shard=max_shard, seed=seed,
+                 adapter_rank=adapter_rank, weights=_floats('weights', weights), roles=_params(role) or None)
     given = {k: v for k, v in given.items() if v is not None} | dict(threads=threads, overwrite=overwrite)
     with _bar('fusing') as advance:
         if all(Path(m, 'adapter_config.json').is_file() for m in models): done = _fuse_adapters(models, method, out, given, param)
         elif len(models) == 1 and models[0].endswith(('.yaml', '.yml')):
-            if method != 'dora' or param: raise ValueError("a recipe says the method and its parameters; change them there")
+            if method != 'dora' or param or given.keys() & {'weights', 'seed'}:
+                raise ValueError("a recipe says the method, its parameters, weights and seed; change them there")
             done = fuse_recipe(models[0], out, advance=advance, **given)
         else:
-            if len(models) < 2: raise ValueError("name the base and at least one expert, or one recipe file ending in .yaml")
+            if len(models) < 2 or any(m.endswith(('.yaml', '.yml')) for m in models):
+                raise ValueError("name the base and at least one expert, or one recipe file ending in .yaml, alone")
             done = fuse_checkpoints(models[0], models[1:], method, out, advance=advance, **given, **_params(param))
     print(f"{out}: {len(done['outputs'])} parameters, fused by {done['method']}")
 
 # %% ../nbs/30_cli.ipynb #85bb7275
 def _fuse_adapters(models, method, out, given, param)->dict: # adapters alone, as the deltas that they stand for
-    from direction_fusion.adapter_fusion import fuse_adapters
-    from direction_fusion.adapters import write_adapter
+    from direction_fusion.adapter_fusion import write_fused_adapter
     if odd := given.keys() - {'adapter_rank', 'weights', 'heads', 'seed', 'threads', 'overwrite'}:
         raise ValueError(f"adapters without their base take no `--{min(odd).replace('_', '-')}`; name the base first")
     known = {k: v for k, v in given.items() if k not in ('threads', 'overwrite')}
-    a = fuse_adapters(models, method, **known, **_params(param))
-    write_adapter(out, a, overwrite=given['overwrite'])
-    return dict(outputs=a.factors, method=method)
+    return write_fused_adapter(models, method, out, given['overwrite'], **known, **_params(param))
 
 # %% ../nbs/30_cli.ipynb #db7cfe09
 @app.command()
@@ -207,14 +207,16 @@ def inspect(
     param:Annotated[list[str]|None, typer.Option('--param', '-p', help="hyper-parameter, e.g. 'lam=0.5'; may be repeated")]=None,
     role:Annotated[list[str]|None, typer.Option(help="e.g. '*.ln_f.weight=norm'; may be repeated")]=None,
     html:Annotated[str|None, typer.Option(help='write a page with figures to this file')]=None,
-    threads:Annotated[int, typer.Option(help='side by side; 0: one per core')]=0,
+    threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
 ):
     "Say what a fusion will meet: roles, norms, cosines, sign conflicts, interference, memory and time."
     from direction_fusion.inspection import inspect_checkpoints, inspection_html, print_inspection
     if len(models) < 2: raise ValueError("name the base and at least one expert")
+    if html and Path(html).is_dir(): raise ValueError(f"`--html` must be a file to write, got the folder {html!r}")
     found = inspect_checkpoints(models[0], models[1:], method, _params(param), _params(role) or None, threads=threads)
     print_inspection(found, Console(width=None if sys.stdout.isatty() else 150, force_jupyter=False))
-    if html: print(f'page: {inspection_html(found, html)}')
+    try: print(f'page: {inspection_html(found, html)}' if html else '', end='\n' * bool(html))
+    except OSError as e: raise OSError(f"writing {html} failed ({e.strerror or e}); choose another file") from None
 
 # %% ../nbs/30_cli.ipynb #91f4b87c
 @app.command()
@@ -226,13 +228,15 @@ def add(
     name:Annotated[str|None, typer.Option(help="how the expert is called; its folder's name unless said")]=None,
     param:Annotated[list[str]|None, typer.Option('--param', '-p', help='hyper-parameter of a new fusion')]=None,
     weight:Annotated[float, typer.Option(help='for methods that weigh experts')]=1.,
+    role:Annotated[list[str]|None, typer.Option(help="of a new fusion, e.g. '*.ln_f.weight=norm'; may be repeated")]=None,
     heads:Annotated[str|None, typer.Option(help='task heads, of a new fusion: refuse, base, fuse or keep')]=None,
-    threads:Annotated[int, typer.Option(help='side by side; 0: one per core')]=0,
+    seed:Annotated[int|None, typer.Option(min=0, help='of a new fusion, for methods that draw')]=None,
+    threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
 ):
     "Fold one more expert into a living fusion."
     from direction_fusion.living import add_expert
     with _bar('adding') as advance:
-        about = add_expert(state, expert, base, method, name, weight, heads=heads, threads=threads, advance=advance,
+        about = add_expert(state, expert, base, method, name, weight, _params(role) or None, heads, seed, threads, advance,
                            **_params(param))
     print(f"{state}: {about['method']} of {', '.join(about['names'])}")
 
@@ -242,7 +246,7 @@ def remove(
     expert:Annotated[str, typer.Argument(help='the expert to take out')],
     name:Annotated[str|None, typer.Option(help="how it was called; its folder's name unless said")]=None,
     base:Annotated[str|None, typer.Option(help='where it has moved')]=None,
-    threads:Annotated[int, typer.Option(help='side by side; 0: one per core')]=0,
+    threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
 ):
     "Take one expert out of a living fusion, for methods whose state is a sum."
     from direction_fusion.living import remove_expert
@@ -257,7 +261,7 @@ def export(
     base:Annotated[str|None, typer.Option(help='where it has moved')]=None,
     dtype:Annotated[str|None, typer.Option(help="of the output; the base's unless said")]=None,
     max_shard:Annotated[str, typer.Option(help='most bytes in a file')]='5GB',
-    threads:Annotated[int, typer.Option(help='side by side; 0: one per core')]=0,
+    threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
     overwrite:Annotated[bool, typer.Option(help='replace an earlier output')]=False,
 ):
     "Write the checkpoint that a living fusion stands for."
@@ -273,5 +277,6 @@ def main()->None:
     try: app(standalone_mode=True)
     except KeyboardInterrupt: sys.exit(130)
     except (ValueError, OSError) as e:
-        print(f'direction-fusion: {e}', file=sys.stderr)
+        bare = isinstance(e, OSError) and e.strerror and not e.filename # without the number
+        print(f'direction-fusion: {e.strerror if bare else e}', file=sys.stderr)
         sys.exit(2)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .adapters import AdaptedCheckpoint, open_expert
-from .checkpoints import Checkpoint, match_names
+from .checkpoints import Checkpoint, _facts, match_names
 from .core import _some, atomic_path, tied_names
 from .fusion import merge_deltas, resolve_method, roles_of, takes_rule
 from .geometry import _sti, thin_svd
@@ -63,6 +63,9 @@ def differences(
     for e in experts:
         theirs, found = roles_of({k: m for k, m in e.meta.items() if k not in base}), {}
         note = lambda what, k, detail: found.setdefault(what, []).append((k, detail))
+        mine, own = _facts(base.config), _facts(e.config)
+        for k in mine.keys() & own.keys():
+            if mine[k] != own[k]: note('architecture', k, f'{mine[k]!r} in the base, {own[k]!r} here')
         for k, r in theirs.items():
             note('head' if r == 'head' else 'extra parameter', k, f'{tuple(e.meta[k].shape)} {_labels(e)}'.strip())
         for k, m in base.meta.items():
@@ -71,7 +74,9 @@ def differences(
                 continue
             a, b = tuple(m.shape), tuple(e.meta[k].shape)
             kind = {'embedding': 'vocabulary', 'head': 'head'}.get(roles[k], 'shape')
-            if a != b: note(kind, k, f'{a} in the base, {b} here {_labels(e) if kind == "head" else ""}'.strip())
+            if m.dtype.is_floating_point != e.meta[k].dtype.is_floating_point:
+                note('kind of number', k, f'{m.dtype} in the base, {e.meta[k].dtype} here'.replace('torch.', ''))
+            elif a != b: note(kind, k, f'{a} in the base, {b} here {_labels(e) if kind == "head" else ""}'.strip())
             elif m.dtype != e.meta[k].dtype and not isinstance(e, AdaptedCheckpoint): # adapters are wide on purpose
                 note('precision', k, f'{m.dtype} in the base, {e.meta[k].dtype} here'.replace('torch.', ''))
         out += [dict(expert=e.name, what=w, count=len(ks), example=ks[0][0], detail=ks[0][1]) for w, ks in found.items()]
@@ -295,6 +300,8 @@ class Inspection:
         out = [f"{base}, {n} expert{'s' * (n != 1)}: {f['numbers']:,} numbers in {f['parameters']} parameters "
                f"can be fused, {f['left']} parameters stay apart",
                f"interference was looked at in {f['looked']} of {f['maps']} linear maps"]
+        if 'head' in {*self.groups.role, *self.differences.get('what', ())}:
+            out += ["task heads are not looked at: to fuse, say heads='keep', 'base' or 'fuse'"]
         if e: out += [f"{self.method} takes about {_time(e['total'])} (reading {_time(e['reading'])}, computing "
                       f"{_time(e['computing'])}, writing {_time(e['writing'])}), {_size(e['memory'])} of memory beside "
                       f"Python's own, {_size(e['disk'])} on disk: an estimate"]
@@ -311,7 +318,7 @@ def _warnings(experts:Sequence[str], total:Sums, found:Sequence[dict], loud:Mapp
     n, c, out = total.norms.tolist(), total.cosines.tolist(), []
     for t, name in enumerate(experts):
         if not n[t]: out.append(f"{name} equals the base: it has nothing to add, and thins a mean out")
-        elif n[t] > total.base ** .5: out.append(f"{name} is further from the base than the base is from zero "
+        elif n[t] > total.base ** .5 > 0: out.append(f"{name} is further from the base than the base is from zero "
                                                  f"(‖τ‖/‖θ₀‖ = {n[t] / total.base ** .5:.2f}): was it trained from this base?")
     moved = sorted(x for x in n if x)
     if moved and moved[-1] > 10 * moved[0]:

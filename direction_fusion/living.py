@@ -6,8 +6,10 @@
 __all__ = ['STATE', 'TensorFile', 'locked', 'ordered', 'read_about', 'add_expert', 'remove_expert', 'export_fusion']
 
 # %% ../nbs/26_living.ipynb #068fd733
+import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections import deque
@@ -20,13 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from .adapters import open_expert
-from .checkpoints import Checkpoint, View, check_checkpoints, match_names, open_checkpoint, raw
+from .checkpoints import Checkpoint, View, _is_kept, check_checkpoints, match_names, open_checkpoint, raw
 from .core import _some, atomic_path, compute_dtype, fingerprint
 from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, step_state, unpack_state
 from .methods import METHODS, accepted
 from .request import DTYPES, n_cores, one_thread, read_deltas, run_all, shared_names, tally
 from .streaming import fitted
-from .vocabulary import split_heads, without_heads
+from .vocabulary import head_file, split_heads, without_heads
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 
 # %% ../nbs/26_living.ipynb #882cb7a7
@@ -61,15 +63,21 @@ STATE = 'fusion.safetensors' # in the folder of a living fusion
 
 @contextmanager
 def locked(folder:Path): # a folder, made if need be
-    "Refuse a second writer as long as the first one works."
+    "Refuse a second writer as long as the first one works. What a killed one left goes; so does a folder that stays empty."
+    if os.path.lexists(folder) and not folder.is_dir(): raise ValueError(f"{folder} is a file; a living fusion is a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'.lock', 'w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise ValueError(f"{folder} is being changed by another process; wait until it is done") from None
-        yield
+        for p in [*folder.glob('.part-*.safetensors'), *folder.glob('heads/.part-*.safetensors')]: p.unlink()
+        try: yield
+        finally:
+            if not (folder/STATE).exists(): (folder/'.lock').unlink()
+            if not os.listdir(folder): folder.rmdir()
 
 def ordered(f:Callable, items, threads:int=0)->Iterator: # f(item) for each item, in order; a few are computed ahead
     "Map on several threads, in order, with little in memory."
+    if threads < 0: raise ValueError(f"`threads` must be at least 0, got {threads}")
     n = threads or n_cores()
     with one_thread(), ThreadPoolExecutor(n) as pool:
         waiting = deque()
@@ -97,7 +105,8 @@ def read_about(
 
 def _base_of(about:dict, base, folder)->Checkpoint: # the base of a living fusion, or an error
     if not (base or about['source']): raise ValueError(f"{folder} does not say where its base lies: pass `base`")
-    base = base if isinstance(base, Checkpoint) else open_checkpoint(base or about['source'])
+    try: base = base if isinstance(base, Checkpoint) else open_checkpoint(base or about['source'])
+    except FileNotFoundError as e: raise FileNotFoundError(f"the base of {folder} is not to be had ({e}); pass `base`") from None
     if about['keep']: base = without_heads(base)
     if (got := fingerprint(base)) != about['base']:
         raise ValueError(f"{folder} was made with a base of fingerprint {about['base']}, {base.name} has {got}: "
@@ -118,7 +127,8 @@ def _steps(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, weight:f
     def step(k):
         shape, role = base.meta[k].shape, about['roles'][k]
         dtype = compute_dtype(torch.empty(0, dtype=base.meta[k].dtype))
-        delta, b = (x.reshape(shape) for x in read_deltas(base, [expert], k, 0, base.meta[k].n_rows, dtype))
+        e = base if _is_kept(k, base.meta[k]) else expert # constants stay, and need not be there
+        delta, b = (x.reshape(shape) for x in read_deltas(base, [e], k, 0, base.meta[k].n_rows, dtype))
         state = unpack_state({key: old[key] for key in held[k]})[k] if k in held else {}
         state = step_state(m, about['params'], k, state, delta, b, role, weight, about['seed'], len(about['names']),
                            None, remove)
@@ -127,6 +137,14 @@ def _steps(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, weight:f
     yield from ordered(step, _moved(about), threads)
 
 # %% ../nbs/26_living.ipynb #24dd2f82
+@contextmanager
+def _full(folder:Path): # a disk without room, by name
+    try: yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        raise OSError(e.errno, f"no room for the next state in {folder} ({e.strerror}); the last one is whole: make room, and "
+                               "add again") from None
+
 _LISTS = 'names', 'weights', 'ids', 'norms' # what a fusion knows of each expert
 
 def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|None, entry:tuple, threads:int,
@@ -135,7 +153,7 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
     m, new = METHODS[about['method']], dict(about)
     weight, squares, merged = about['weights'][i] if i is not None else entry[1], 0., 0.
     count = tally(sum(base.meta[k].nbytes for k in _moved(about)), advance)
-    with atomic_path(folder/STATE) as tmp:
+    with atomic_path(folder/STATE) as tmp, _full(folder):
         f = TensorFile(tmp, 4 * len(about['roles']), {}, 4096 + 2 * len(json.dumps(about)))
         for k, state, dd, mm in _steps(about, base, expert, folder, weight, i is not None, threads):
             squares, merged = squares + dd, merged + mm
@@ -151,8 +169,13 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
 # %% ../nbs/26_living.ipynb #98725b97
 def _check_new(about:dict, base:Checkpoint, expert:Checkpoint, name:str)->str: # fingerprint of an expert that may join
     if name in about['names']: raise ValueError(f"{name!r} has been added already; experts: {', '.join(about['names'])}")
-    copies = shared_names(base, check_checkpoints(base, [expert]))
-    if not about['names']: about['copies'] = copies
+    if about['keep'] and (same := [n for n in about['names'] if head_file(n) == head_file(name)]):
+        raise ValueError(f"the heads of {name!r} and {same[0]!r} would be one file; give `name`")
+    match = check_checkpoints(base, [expert], roles=about['roles'] if about['heads'] == 'base' else None)
+    copies, roles = shared_names(base, match), about['roles']
+    apart = [k for k in match.kept if not _is_kept(k, base.meta[k]) and roles[k] != 'head'] # with the heads
+    if not about['names']: about |= dict(copies=copies, roles=roles | dict.fromkeys(apart, 'head'))
+    elif apart: raise ValueError(f"{name!r} lacks {_some(apart)}, which the experts before it have; begin another folder with it")
     if copies != about['copies']:
         tied = lambda x: _some(x) or 'nothing'
         raise ValueError(f"{name!r} ties {tied(copies)}, the experts before it {tied(about['copies'])}; "
@@ -188,18 +211,20 @@ def add_expert(
             base = _base_of(about, base, folder)
         else:
             if base is None: raise ValueError(f"{folder} holds no fusion yet: the first expert needs `base`")
+            if other := [f for f in os.listdir(folder) if f not in ('.lock', 'heads') and not f.startswith('.part-')]:
+                raise ValueError(f"{folder} holds no fusion, but {_some(other)}; name a folder of its own")
             base = base if isinstance(base, Checkpoint) else open_checkpoint(base)
             base = without_heads(base) if heads == 'keep' else base
             about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
         full = match_names(base, open_expert(expert, base))
         expert, name = without_heads(full) if about['keep'] else full, name or _called(full)
+        if not math.isfinite(weight): raise ValueError(f"`weight` must be finite, got {weight}")
         if weight != 1 and not accepted(m, 'weight'):
             raise ValueError(f"{about['method']!r} does not weigh experts; leave `weight` at 1")
         i = _check_new(about, base, expert, name)
-        done = _change(about, base, expert, folder, None, (name, weight, i), threads, advance)
-        if about['keep']: split_heads(folder, [View(full, name=name)])
-        return done
+        if about['keep']: split_heads(folder, [View(full, name=name)]) # first: of whom `names` does not list, none is exported
+        return _change(about, base, expert, folder, None, (name, weight, i), threads, advance)
 
 # %% ../nbs/26_living.ipynb #e888abf2
 def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mapping)->dict: # an empty fusion
@@ -238,7 +263,7 @@ def remove_expert(
             raise ValueError(f"{name!r} was added with fingerprint {about['ids'][i]}, got another model, {got}; "
                              "pass the one that was added")
         done = _change(about, base, expert, folder, i, (), threads, advance)
-        if about['keep']: (folder/'heads'/f'{name}.safetensors').unlink(missing_ok=True)
+        if about['keep']: (folder/head_file(name)).unlink(missing_ok=True)
         return done
 
 # %% ../nbs/26_living.ipynb #11caec45
@@ -271,9 +296,14 @@ def export_fusion(
                      max_shard, overwrite) as w:
         run_all([(0, partial(write, k)) for k in base], threads)
         copy_side_files(base, w.part, DTYPES.get(dtype))
-        if about['keep'] and (folder/'heads').exists(): shutil.copytree(folder/'heads', w.part/'heads')
-        model_card(w.part, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'])
+        heads = [f for f in map(head_file, about['names']) if about['keep'] and (folder/f).exists()]
+        for f in heads: (w.part/f).parent.mkdir(exist_ok=True); shutil.copyfile(folder/f, w.part/f)
+        kept = {f: {k: ck.digest(k) for k in ck} for f in heads for ck in [open_checkpoint(folder/f)]}
+        where = ': those of the experts are in ' + ', '.join(f'`{f}`' for f in heads) if heads else ''
+        model_card(w.part, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'],
+                   note=f'Task heads were not fused{where}.' * (about['heads'] == 'base'))
         inputs = [dict(role='base', name=base.path.name, fingerprint=about['base']),
                   *(dict(role='expert', name=n, fingerprint=i) for n, i in zip(about['names'], about['ids']))]
         return manifest(w.part, inputs, {k: w.digests[k] for k in w.plan}, about['method'], about['params'], None,
-                        weights=about['weights'], seed=about['seed'], dtype=dtype or 'base')
+                        weights=about['weights'], seed=about['seed'], heads='keep' if about['keep'] else about['heads'],
+                        **dict(head_files=kept) if kept else {}, dtype=dtype or 'base')

@@ -176,6 +176,7 @@ class Recipe:
     max_shard:str|int|None=None     # of the files written; None: as the caller decides
     adapter_rank:int|None=None      # the result as an adapter of this rank
     layers:int|None=None            # number of layers that the recipe is for; None: any
+    labels:str|None=None            # of heads that are fused: 'agree' or 'union'; None: as the caller decides
     format:str=field(default='own', compare=False)          # 'own' or 'mergekit'
     unused:tuple[str, ...]=field(default=(), compare=False) # parameters of mergekit's file that change nothing there either
 
@@ -248,7 +249,7 @@ _SIGNED = 'soft_soup', 'task_arithmetic', 'ties', 'dare', 'della', 'breadcrumbs'
 
 # %% ../nbs/23_recipes.ipynb #39fad400
 _KEYS = ('method', 'base', 'experts', 'parameters', 'dtype', 'out_dtype', 'heads', 'tokenizer', 'seed', 'max_shard',
-         'adapter_rank', 'layers')
+         'adapter_rank', 'layers', 'labels')
 _FREE = 'soft_soup', 'slerp', 'nuslerp', 'multislerp', 'karcher' # give the same with any base, on whole weights
 
 def _source(x, what:str)->str:
@@ -269,12 +270,13 @@ def _options(r:Mapping)->dict: # what both forms have in common
     for n, low in [('seed', 0), ('adapter_rank', 1), ('layers', 1)]:
         if (v := r.get(n)) is not None and (not isinstance(v, int) or isinstance(v, bool) or v < low):
             raise ValueError(f"`{n}` must be a whole number from {low} on, got {v!r}")
+    if r.get('labels') not in (None, 'agree', 'union'): raise ValueError(f"`labels` must be agree or union, got {r['labels']!r}")
     size = r.get('max_shard')
     if size is not None and not re.fullmatch(r'[1-9]\d*(\.\d+)? ?([KMGT]i?)?B?', str(size)):
         raise ValueError(f"`max_shard` must be a size such as 5GB, got {size!r}")
     tokenizer = r.get('tokenizer') if r.get('tokenizer') is None else _source(r['tokenizer'], '`tokenizer`')
     return dict(dtype=dtype('dtype'), out_dtype=dtype('out_dtype'), heads=h, tokenizer=tokenizer, seed=r.get('seed') or 0,
-                max_shard=size, adapter_rank=r.get('adapter_rank'), layers=r.get('layers'))
+                max_shard=size, adapter_rank=r.get('adapter_rank'), layers=r.get('layers'), labels=r.get('labels'))
 
 # %% ../nbs/23_recipes.ipynb #862912a1
 def _own(r:Mapping)->Recipe: # from our own form

@@ -20,6 +20,7 @@ from .checkpoints import Checkpoint, Match, View, check_checkpoints, raw
 from .core import tied_names
 from .fusion import moving, resolve_method, roles_of
 from .methods import Method, accepted, check_params
+from .recipes import _MEANS
 from .writing import OrderedDigest, round_to
 
 # %% ../nbs/24a_request.ipynb #11689bd8
@@ -158,13 +159,17 @@ def make_request(
         raise ValueError(f"`weights` must have one entry per expert ({len(experts)}), got {len(weights)}")
     if weights is not None and any(w != 1 for w in weights) and not accepted(m, 'weight'):
         raise ValueError(f"{name!r} does not weigh experts; leave `weights` out")
+    if name in _MEANS and weights is not None and not sum(weights):
+        raise ValueError(f"`weights` of {name} are shares of a mean and must not sum to 0, got {', '.join(map(str, weights))}")
+    if odd := [w for w in weights or () if not math.isfinite(w)]: raise ValueError(f"`weights` must be finite, got {odd[0]}")
     if dtype is not None and dtype not in DTYPES: raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if base is None and not (m.base_free and m.base_free(params)):
         raise ValueError(f"{name!r} with these parameters needs a base: deltas are differences from it")
     same = base is None or any(e.files == base.files for e in experts)
     base = ZeroBase(experts[0]) if base is None else base
     roles = roles_of(base.meta, roles)
-    moved, match = moving(roles, heads), check_checkpoints(base, experts, same) # heads first: they may differ in shape
+    moved = moving(roles, heads)
+    match = check_checkpoints(base, experts, same, roles if heads == 'base' else None)
     fused, copies = set(match.fused), shared_names(base, match)
     return Request(base, tuple(experts), name, m, params, roles,
                    tuple(k for k in moved if k in fused and k not in copies),
@@ -199,6 +204,7 @@ def run_all(
     advance:Callable[[int], None]=lambda n: None # told the size of every task that is done
 )->None:
     "Run tasks on several threads; the first error, or Ctrl-C, stops the rest and is raised."
+    if threads < 0: raise ValueError(f"`threads` must be at least 0, got {threads}")
     lock, stop, todo = threading.Lock(), threading.Event(), iter(tasks)
     def work():
         while not stop.is_set():

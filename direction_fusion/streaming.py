@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['chunked', 'delta_rows', 'delta_whole', 'scratch', 'gram_rows', 'kth_change', 'least_kept', 'scan_parameter',
            'survey_model', 'delta_tasks', 'fitted', 'linear_rows', 'ties_rows', 'direct', 'worthwhile', 'direct_tasks',
-           'stream', 'collect', 'request_key', 'input_digests', 'open_models', 'arrange', 'fuse_checkpoints',
-           'merged_deltas', 'fuse_recipe']
+           'stream', 'collect', 'request_key', 'left_out', 'input_digests', 'open_models', 'arrange',
+           'fuse_checkpoints', 'merged_deltas', 'fuse_recipe']
 
 # %% ../nbs/25_streaming.ipynb #c0546e02
 import errno
@@ -24,8 +24,8 @@ from safetensors import safe_open
 from torch import Tensor
 from . import __version__
 from .adapters import lora_adapter, open_expert, write_adapter
-from .checkpoints import Checkpoint, hasher, match_names, raw, tensor_digest
-from .core import compute_dtype
+from .checkpoints import Checkpoint, _is_kept, hasher, match_names, open_checkpoint, raw, tensor_digest
+from .core import _some, compute_dtype
 from .fusion import HEADS_ON_DISK, merge_deltas, run_scan, run_survey, takes_rule
 from .kernels import (PIECE, ROOM, TYPES, collect as collected, count, dots, elect, elected, kth_key,
                                       library, linear, loops)
@@ -35,8 +35,8 @@ from .request import (CHUNK, DTYPES, Cast, Request, ZeroBase, check_finite, make
                                       row_ranges, run_all, tally, witnessed)
 from .soup import gram_scan
 from .sparse import ties, ties_scan, ties_survey
-from .vocabulary import (MODES, RowMatch, align_labels, align_tokens, head_parameters, split_heads, without_heads,
-                                         write_tokenizer)
+from .vocabulary import (LABEL_MODES, MODES, RowMatch, align_labels, align_tokens, head_files, head_parameters,
+                                         split_heads, without_heads, write_tokenizer)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card, overflowed, round_to
 
 # %% ../nbs/25_streaming.ipynb #fd087479
@@ -442,11 +442,18 @@ def request_key(
     h = hasher(torch.uint8, ()); h.update(text.encode())
     return h.hexdigest()
 
+def left_out(
+    request:Request # the request
+)->list[list[str]]: # per expert
+    "Parameters of the experts that have no part in the result: task heads, where the base's stays."
+    stays = {k for k, m in request.base.meta.items() if not _is_kept(k, m)} - {*request.moving, *request.copies}
+    return [[k for k in e if (k in stays if k in request.base else e.roles[k] == 'head')] for e in request.experts]
+
 def input_digests(
     request:Request,  # the request
     threads:int=0     # side by side; 0: one per core
 )->list[dict]:        # for fusion.json: role, name and the digest of every tensor, base first
-    "Digests of all that goes into a fusion."
+    "Digests of all that goes into a fusion; `left_out` names what has no part in the result."
     models = [('base', request.base), *(('expert', e) for e in request.experts)]
     out = [dict(role=r, name=Path(m.name).name, tensors=dict.fromkeys(m)) for r, m in models if not isinstance(m, ZeroBase)]
     def digest(o, m, ks):
@@ -459,6 +466,7 @@ def input_digests(
         if ks: yield n, ks
     read = [m for _, m in models if not isinstance(m, ZeroBase)]
     run_all(((n, partial(digest, o, m, ks)) for o, m in zip(out, read) for n, ks in groups(m)), threads)
+    for o, ks in zip(out[-len(request.experts):], left_out(request)): o |= dict(left_out=ks) if ks else {}
     return out
 
 # %% ../nbs/25_streaming.ipynb #e43d9786
@@ -480,17 +488,22 @@ def open_models(
 def arrange(
     base:Checkpoint|None, experts:Sequence[Checkpoint], # from `open_models`
     heads:str='refuse',                 # one of `HEADS_ON_DISK`
-    tokens:str='agree'                  # tokens that not all know, one of `MODES`
+    tokens:str='agree',                 # tokens that not all know, one of `MODES`
+    labels:str='agree'                  # of heads that are fused, one of `LABEL_MODES`
 )->tuple[Checkpoint|None, list[Checkpoint], RowMatch|None]: # views with the same parameters, and how tokens were matched
     "Bring heads and vocabularies of all models into line."
     if heads not in HEADS_ON_DISK: raise ValueError(f"`heads` must be one of {', '.join(HEADS_ON_DISK)}, got {heads!r}")
+    for what, given, known in [('tokens', tokens, MODES), ('labels', labels, LABEL_MODES)]:
+        if given not in known: raise ValueError(f"`{what}` must be one of {', '.join(known)}, got {given!r}")
     found = [(m, head_parameters(m)[0]) for m in (base, *experts) if m is not None and head_parameters(m)]
     if heads == 'refuse' and found:
         raise ValueError(f"{found[0][0].name} has a task head, {found[0][1]!r}: heads='keep' puts the experts' heads into "
                          "heads/, 'base' leaves the base's, 'fuse' fuses them by label")
-    if heads == 'keep': base, experts = base and without_heads(base), [without_heads(e) for e in experts]
+    if heads == 'keep':
+        head_files(experts) # before any work is done, an error if they cannot be written
+        base, experts = base and without_heads(base), [without_heads(e) for e in experts]
     if base is None: return base, list(experts), None
-    if heads == 'fuse' and any(head_parameters(e) for e in experts): base, experts, _ = align_labels(base, experts)
+    if heads == 'fuse' and any(head_parameters(e) for e in experts): base, experts, _ = align_labels(base, experts, labels)
     return align_tokens(base, experts, tokens)
 
 # %% ../nbs/25_streaming.ipynb #97c6aa3e
@@ -504,6 +517,7 @@ def fuse_checkpoints(
     roles:Mapping[str, str]|None=None,  # parameter or pattern → role, where it differs from what names and shapes tell
     heads:str='refuse',                 # task heads: 'refuse', 'base', 'fuse' or 'keep'
     tokens:str='agree',                 # tokens that not all know: 'agree' (there are none), 'base', 'union' or 'intersection'
+    labels:str='agree',                 # of heads that are fused: 'agree' (all have the same) or 'union'
     seed:int=0,                         # of methods that draw
     dtype:str|None=None,                # of the output; None: as in the base
     read_dtype:str|None=None,           # read all models in this dtype; None: as they are
@@ -520,17 +534,30 @@ def fuse_checkpoints(
     base, opened = open_models(base, experts, names, read_dtype)
     folders = [m.path for m in (base, *opened) if m is not None]
     out = check_out(out, overwrite, folders)
-    base, arranged, match = arrange(base, opened, heads, tokens)
+    base, arranged, match = arrange(base, opened, heads, tokens, labels)
+    if heads == 'fuse' and not any(map(head_parameters, arranged)): heads = 'base' # nothing to fuse it with
     values = plan(list(base or arranged[0])) if plan else None
     request = make_request(base, arranged, method, weights, roles, 'base' if heads == 'keep' else heads, seed, dtype,
                            values.__getitem__ if values else None, **params)
-    recipe = recipe or dict(method=request.name, base=base and base.name, experts=[e.name for e in opened],
-                            parameters=request.params)
-    if adapter_rank: return _write_adapter(request, out, adapter_rank, overwrite, threads, recipe, advance)
-    return _write_out(request, opened, out, max_shard, overwrite, threads, heads == 'keep', match, recipe, advance)
+    recipe = recipe or _as_recipe(request, base, opened, heads=heads, tokenizer=tokens, labels=labels, seed=seed,
+                                  dtype=read_dtype, out_dtype=dtype, adapter_rank=adapter_rank)
+    if adapter_rank is not None: return _write_adapter(request, out, adapter_rank, threads, recipe, advance)
+    return _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance)
 
 # %% ../nbs/25_streaming.ipynb #74256f4b
-def _write_out(request, opened, out, max_shard, overwrite, threads, keep, match, recipe, advance)->dict: # stream to a folder
+_PLAIN = dict(heads='refuse', tokenizer='agree', labels='agree', seed=0) # what a recipe need not say
+
+def _as_recipe(request, base, opened, **more)->dict: # the request as a recipe of our own form
+    rows = [e.name if w == 1 else dict(model=e.name, weight=w) for e, w in zip(opened, request.weights)]
+    return dict(method=request.name, base=base and base.name, experts=rows, parameters=request.params) | {
+        k: v for k, v in more.items() if v not in (None, _PLAIN.get(k))}
+
+def _note(request, heads)->str: # for the model card: what became of heads
+    left = [f'{_some(ks)} of {Path(e.name).name}' for e, ks in zip(request.experts, left_out(request)) if ks]
+    if heads: return f"Task heads were not fused: those of the experts are in {', '.join(f'`{f}`' for f in heads)}."
+    return f"Not fused: {'; '.join(left)}." if left else ''
+
+def _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance)->dict: # stream to a folder
     count = tally(sum(request.base.meta[k].nbytes for k in request.moving), advance)
     with ShardWriter(out, request.plan(), max_shard, overwrite, request_key(request)) as w:
         watched = replace(request, base=witnessed(request.base), experts=tuple(map(witnessed, request.experts)))
@@ -539,12 +566,13 @@ def _write_out(request, opened, out, max_shard, overwrite, threads, keep, match,
         inputs = input_digests(watched, threads)
         copy_side_files(request.base, w.part, request.dtype)
         if match and not match.same: write_tokenizer(w.part, request.base, request.experts, match)
-        if keep: split_heads(w.part, opened)
+        files = list(split_heads(w.part, opened).values()) if heads == 'keep' else []
+        kept = {f.relative_to(w.part).as_posix(): {k: ck.digest(k) for k in ck} for f in files for ck in [open_checkpoint(f)]}
         m, shown = request.method, {'by': 'parameter'} if request.at else request.params
         model_card(w.part, Path(request.base.name).name, [Path(e.name).name for e in request.experts],
-                   dict(title=m.title, cite=m.cite, variant=m.variant), shown, recipe)
+                   dict(title=m.title, cite=m.cite, variant=m.variant), shown, recipe, note=_note(request, kept))
         return manifest(w.part, inputs, {k: w.digests[k] for k in w.plan}, request.name, shown, recipe,
-                        weights=list(request.weights), seed=request.seed,
+                        weights=list(request.weights), seed=request.seed, heads=heads, **dict(head_files=kept) if kept else {},
                         dtype=str(request.dtype or 'base').removeprefix('torch.'))
 
 # %% ../nbs/25_streaming.ipynb #ba22b7cc
@@ -565,11 +593,11 @@ def merged_deltas(
         yield k, scale * spill.load(k, 0, shape or (1,)).reshape(shape) if spill else delta_whole(request, k, survey)[0]
         advance(request.base.meta[k].nbytes)
 
-def _write_adapter(request, out, r, overwrite, threads, recipe, advance)->dict: # the merged task vector as an adapter
+def _write_adapter(request, out, r, threads, recipe, advance)->dict: # the merged task vector as an adapter
     if r < 1: raise ValueError(f"`adapter_rank` must be at least 1, got {r}")
     count = tally(sum(request.base.meta[k].nbytes for k in request.moving), advance)
     adapter, left = lora_adapter(merged_deltas(request, out.parent, count), request.roles, r, request.base)
-    write_adapter(out, adapter, request.base.name, base=request.base, overwrite=overwrite)
+    write_adapter(out, adapter, request.base.name, base=request.base, overwrite=True) # `check_out` has allowed it
     m, made = request.method, _adapter_digests(out)
     model_card(out, Path(request.base.name).name, [Path(e.name).name for e in request.experts],
                dict(title=m.title, cite=m.cite, variant=m.variant), request.params, recipe)
@@ -594,10 +622,11 @@ def fuse_recipe(
     r = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     if r.tokenizer not in (None, *MODES):
         raise ValueError(f"a tokenizer from {r.tokenizer!r} is not supported; choose from {', '.join(MODES)}")
-    said = dict(heads=r.heads, tokens=r.tokenizer, max_shard=r.max_shard, read_dtype=r.dtype, dtype=r.out_dtype or r.dtype,
-                adapter_rank=r.adapter_rank)
+    said = dict(heads=r.heads, tokens=r.tokenizer, labels=r.labels, max_shard=r.max_shard, read_dtype=r.dtype,
+                dtype=r.out_dtype or r.dtype, adapter_rank=r.adapter_rank)
     first = r.at('') if not r.varies else None
+    check = lambda names: r.plan(names) if r.varies else r.plan(names) and None # the number of layers, where the recipe says it
     return fuse_checkpoints(r.base, r.experts, r.method, out, r.names, seed=r.seed, recipe=r.to_mapping(),
                             roles=kw.pop('roles', None) or _as_stored(r),
-                            plan=r.plan if r.varies else None, weights=first and first[1], **(first[0] if first else {}),
-                            **kw | {n: v for n, v in said.items() if v is not None})
+                            plan=check if r.varies or r.layers else None, weights=first and first[1],
+                            **(first[0] if first else {}), **kw | {n: v for n, v in said.items() if v is not None})

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODES', 'TOKENIZER_FILES', 'LABEL_MODES', 'RowMatch', 'match_rows', 'Tokenizer', 'read_tokenizer', 'vocabulary',
            'token_parameters', 'match_tokens', 'Gathered', 'token_config', 'align_tokens', 'write_tokenizer',
-           'head_parameters', 'without_heads', 'label_names', 'split_heads', 'read_head', 'attach_head', 'match_labels',
-           'align_labels']
+           'head_parameters', 'without_heads', 'label_names', 'head_file', 'head_files', 'split_heads', 'read_head',
+           'attach_head', 'match_labels', 'align_labels']
 
 # %% ../nbs/24_vocabulary.ipynb #8d7b8647
 import filecmp
@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from .checkpoints import Checkpoint, View, open_checkpoint, read_json, tensor_digest
+from .writing import save_tensors
 from .core import _some, atomic_path
 
 # %% ../nbs/24_vocabulary.ipynb #aa9bfc32
@@ -474,7 +475,7 @@ def without_heads(
 _FINAL = re.compile(r'(?:out_proj|(?:^|\.)(?:classifier|score|qa_outputs))\.weight$').search
 
 def _label_map(config:Mapping)->dict[int, str]: # row → label as config.json has it; empty if it has none
-    if isinstance(ids := config.get('id2label'), Mapping): return {int(i): str(n) for i, n in ids.items()}
+    if ids := config.get('id2label'): return {int(i): str(n) for i, n in ids.items()}
     return {int(i): str(n) for n, i in (config.get('label2id') or {}).items()}
 
 def label_names(
@@ -498,22 +499,29 @@ def label_names(
 # %% ../nbs/24_vocabulary.ipynb #44dfa985
 _FACTS = 'architectures', 'model_type', 'hidden_size', 'problem_type' # of config.json, that go with a head
 
+def head_file(name:str)->str: # of an expert → path in the fused model
+    "Where the head of an expert lies."
+    return f"heads/{re.sub(r'[^A-Za-z0-9_.-]+', '_', Path(name).name)}.safetensors"
+
+def head_files(
+    experts:Sequence[Checkpoint], # models with task heads
+)->dict[str, str]:                # expert → name of its file; experts without a head are absent
+    "Where the heads will lie; `ValueError` for those that cannot be told apart, or whose rows have no labels."
+    files = {e.name: head_file(e.name) for e in experts if head_parameters(e) and label_names(e)}
+    if len(set(files.values())) < len(files):
+        raise ValueError(f"heads are named after the experts' folders, which must differ, got {', '.join(map(str, files))}")
+    return files
+
 def split_heads(
     out:str|os.PathLike,          # folder of the fused model
     experts:Sequence[Checkpoint], # models with task heads
 )->dict[str, Path]:               # expert → file; experts without a head are absent
     "Write the head of each expert to `heads/NAME.safetensors`, with labels and architecture in its metadata."
-    held = {e.name: (e, head_parameters(e)) for e in experts}
-    plain = lambda n: re.sub(r'[^A-Za-z0-9_.-]+', '_', Path(n).name)
-    files = {n: Path(out)/'heads'/f'{plain(n)}.safetensors' for n, (_, ks) in held.items() if ks}
-    if len(set(files.values())) < len(files):
-        raise ValueError(f"heads are named after the experts' folders, which must differ, got {', '.join(map(str, files))}")
+    held, files = {e.name: e for e in experts}, {n: Path(out)/f for n, f in head_files(experts).items()}
     for n, file in files.items():
-        e, ks = held[n]
-        about = {f: e.config.get(f) for f in _FACTS}
-        about |= dict(expert=n, labels=label_names(e)[0])
-        with atomic_path(file) as p:
-            save_file({k: e[k].contiguous() for k in ks}, p, {'format': 'pt', 'direction_fusion': json.dumps(about)})
+        e = held[n]
+        about = {f: e.config.get(f) for f in _FACTS} | dict(expert=n, labels=label_names(e)[0])
+        with atomic_path(file) as p: save_tensors({k: e[k] for k in head_parameters(e)}, p, direction_fusion=json.dumps(about))
     return files
 
 def read_head(
@@ -589,8 +597,8 @@ def match_labels(
             raise ValueError(f"{first.name} has the labels {', '.join(a)}, {e.name} {', '.join(b)}: LABEL_0 … are no names "
                              "to match by; write `id2label` into config.json, or keep heads per task")
         if mode == 'agree' and set(a) != set(b):
-            raise ValueError(f"{first.name} and {e.name} disagree on {_some(set(a) ^ set(b))}; use mode='union', "
-                             "or keep heads per task")
+            raise ValueError(f"{first.name} and {e.name} disagree on {_some(set(a) ^ set(b))}; take the labels of all "
+                             "with labels='union', or keep heads per task")
     own = label_names(base)[0] if head_parameters(base) == head_parameters(first) else []
     if mode == 'agree' and set(own) != set(labels[first.name]) or unnamed(own) and own != labels[first.name]: own = []
     names = [{n: i for i, n in enumerate(ls)} for ls in [own, *(labels.get(e.name, []) for e in experts)]]

@@ -574,6 +574,78 @@ def test_heads_are_kept_and_attached(tmp_path):
         assert_close(answer(model.eval(), IDS), answer(e, IDS), rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(scope='session')
+def headed(tmp_path_factory):
+    "Bodies, classifiers of two, three and four labels, and a masked language model: all one BERT, moved."
+    root = tmp_path_factory.mktemp('headed')
+    def write(name, cls, seed, n=2, **kw):
+        names = [f'{name} {i}' for i in range(n)]
+        config = BertConfig(**text, id2label=dict(enumerate(names)), label2id={x: i for i, x in enumerate(names)})
+        torch.manual_seed(0)
+        model, g = getattr(transformers, cls)(config, **kw), torch.Generator().manual_seed(seed)
+        for p in model.parameters(): p.data += .05 * torch.randn(p.shape, generator=g)
+        model.save_pretrained(root/name)
+    for t, name in enumerate(('body', 'body1'), 1): write(name, 'BertModel', t)
+    for n in (2, 3, 4): write(f'labels{n}', 'BertForSequenceClassification', 10 + n, n)
+    write('other2', 'BertForSequenceClassification', 20)
+    write('words', 'BertForMaskedLM', 21)
+    write('span', 'BertForQuestionAnswering', 22) # without a pooler, as `words`
+    return root
+
+
+@pytest.mark.parametrize('base, experts', [
+    ('body', ['labels3', 'labels4']), ('labels2', ['labels3', 'labels4']), ('labels2', ['other2', 'labels3']),
+    ('labels2', ['body1']), ('labels2', ['body1', 'labels3']), ('body', ['labels3', 'span']), ('words', ['span'])])
+def test_heads_of_any_shape_stay_apart(headed, tmp_path, base, experts):
+    "Whatever heads the models have: the base's stays, the experts' are left out or kept; one by one as all at once."
+    top = 'classifier', 'qa', 'cls'
+    body = lambda n: {k.removeprefix('bert.'): v for k, v in read_all(headed/n).items() if not k.startswith(top)}
+    shared = set.intersection(*(set(body(n)) for n in (base, *experts)))
+    first, *others = ({k: body(n)[k] for k in shared} for n in (base, *experts))
+    want = fuse(first, others, 'soft_soup')
+    with_head = [n for n in experts if 'body' not in n]
+    for heads in ('base', 'keep'):
+        out, state = tmp_path/heads, tmp_path/f'state {heads}'
+        assert call('fuse', headed/base, *(headed/n for n in experts), '-m', 'soft_soup', '-o', out, '--heads', heads)[2] == ''
+        for n in experts[::-1]: # one that lacks the pooler has to come first
+            begin = ('--base', headed/base, '-m', 'soft_soup', '--heads', heads) if n == experts[-1] else ()
+            assert call('add', state, headed/n, *begin)[2] == ''
+        assert call('export', state, '-o', tmp_path/f'{heads} too')[2] == ''
+        for folder in (out, tmp_path/f'{heads} too'):
+            got, kept = read_all(folder), read_all(headed/base)
+            assert_close({k.removeprefix('bert.'): v for k, v in got.items() if k.removeprefix('bert.') in shared}, want)
+            alone = {k: v for k, v in kept.items() if k.removeprefix('bert.') not in shared}
+            if heads == 'keep': alone = {k: v for k, v in alone.items() if not k.startswith('classifier')}
+            assert_close({k: v for k, v in got.items() if k.removeprefix('bert.') not in shared}, alone, rtol=0, atol=0)
+            files = sorted(p.stem for p in (folder/'heads').glob('*'))
+            assert files == (sorted(with_head) if heads == 'keep' else [])
+            for n in files: assert_close(load_file(folder/'heads'/f'{n}.safetensors'), {
+                k: v for k, v in read_all(headed/n).items() if k.startswith(('classifier', 'qa'))}, rtol=0, atol=0)
+            assert verify(folder) == len(got) + 2 * len(files)
+    said = json.loads((tmp_path/'base'/'fusion.json').read_text())
+    assert [i['name'] for i in said['inputs'] if 'left_out' in i] == with_head
+    assert 'would refuse' not in call('inspect', headed/base, *(headed/n for n in experts), '-m', 'soft_soup')[1]
+
+
+def test_heads_that_cannot_be_told_apart(headed, tmp_path):
+    "Nothing is cut: a head with something below it that the base lacks, unequal labels, a head that has no labels."
+    refused("pooler.dense.weight', which the base lacks; choose a base that has a place for it", headed/'span',
+            [headed/'labels3'], 'dora', tmp_path/'fused', heads='base')
+    for heads in ('refuse', 'fuse'):
+        args = [*map(str, (headed/'labels2', headed/'labels3', headed/'labels4'))], ['--heads', heads] * (heads == 'fuse')
+        code, _, err = call('fuse', *args[0], '-o', tmp_path/'fused', *args[1])
+        assert code == 2 and ('union' if heads == 'fuse' else 'keep') in err and err.count('\n') == 1
+    code, _, err = call('fuse', *args[0], '-o', tmp_path/'union', '--heads', 'fuse', '--labels', 'union')
+    assert (code, err) == (0, '') and len(json.loads((tmp_path/'union'/'config.json').read_text())['id2label']) == 9
+    bad = tmp_path/'bad'
+    AutoModelForSequenceClassification.from_pretrained(headed/'labels3').save_pretrained(bad)
+    (bad/'config.json').write_text((headed/'labels4'/'config.json').read_text())
+    before = sorted(os.listdir(tmp_path))
+    refused('one head weight with 4 rows per label', headed/'body', [bad], 'dora', tmp_path/'fused', heads='keep')
+    assert call('add', tmp_path/'state', bad, '--base', headed/'body', '--heads', 'keep')[0] == 2
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_tokens_of_all_experts(tmp_path):
     "Two experts that added a token each, at the same place: the fused model and its tokenizer know both."
     from tokenizers import Tokenizer, models as kinds, pre_tokenizers

@@ -1,6 +1,7 @@
 "What may come from a disk: cut off, changed, unreadable, full. Nothing but `ValueError` and `OSError` may leave the reader."
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_checkpoints import call
 
 from direction_fusion.checkpoints import open_checkpoint
 from direction_fusion.writing import ShardWriter
@@ -158,3 +160,231 @@ def test_a_disk_that_is_full(tmp_path):
         write(small/'out', {'w': torch.zeros(1 << 17)})
         assert os.listdir(small) == ['out']
     finally: subprocess.run(['umount', small], check=True)
+
+
+# The commands: one line with culprit and remedy, and nothing left behind
+
+SHARDS = {'model-00001-of-00002.safetensors': ('h.0.weight', 'h.0.bias'),
+          'model-00002-of-00002.safetensors': ('h.1.weight', 'h.1.bias')}
+NAMES = [k for ks in SHARDS.values() for k in ks]
+
+
+def toy(seed): # parameters of two layers
+    g = torch.Generator().manual_seed(seed)
+    return {k: torch.randn((6, 4) if 'weight' in k else (6,), generator=g) for k in NAMES}
+
+
+def model(folder, state, config=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder/'model.safetensors', {'format': 'pt'})
+    (folder/'config.json').write_text(json.dumps({'model_type': 'toy', 'num_heads': 2}) if config is None else config)
+    return folder
+
+
+def sharded(folder, where=None, lose=(), twice=()): # `where`: text of the index
+    model(folder, toy(1))
+    (folder/'model.safetensors').unlink()
+    for f, ks in SHARDS.items():
+        save_file({k: v for k, v in toy(1).items() if (k in ks or k in twice) and k not in lose}, folder/f)
+    index = json.dumps({'weight_map': {k: f for f, ks in SHARDS.items() for k in ks}})
+    (folder/'model.safetensors.index.json').write_text(index if where is None else where)
+    return folder
+
+
+def adapter(folder, config=(), names=str, scale=1.):
+    folder.mkdir()
+    about = dict(peft_type='LORA', r=2, lora_alpha=2, target_modules=['0']) | dict(config)
+    (folder/'adapter_config.json').write_text(json.dumps(about))
+    parts = {'lora_A': torch.ones(2, 4), 'lora_B': torch.ones(6, 2) * scale}
+    save_file({names(f'base_model.model.h.0.{n}.weight'): x for n, x in parts.items()}, folder/'adapter_model.safetensors')
+
+
+class Runs:
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return os.system, (f'touch {self.file}',)
+
+
+def pickled(folder, old):
+    model(folder, {}).joinpath('model.safetensors').unlink()
+    state = {'a': Runs(folder/'ran')}
+    if old: (folder/'pytorch_model.bin').write_bytes(pickle.dumps(state))
+    else: torch.save(state, folder/'pytorch_model.bin')
+
+
+def changed(k, f): return {n: f(x) if n == k else x for n, x in toy(1).items()}
+def cut(file, n): file.write_bytes(file.read_bytes()[:n])
+
+
+W, ALIKE = 'h.1.weight', 'fuse models of one architecture, each with all of its files'
+BAD = { # what is wrong with the expert → (how it is made in a folder, what is said)
+    'truncated shard': (lambda d: cut(sharded(d)/next(iter(SHARDS)), 200), 'is cut off: its header announces'),
+    'index that is no JSON': (lambda d: sharded(d, '{"weight_map": '), 'model.safetensors.index.json is no valid JSON'),
+    'no index': (lambda d: sharded(d).joinpath('model.safetensors.index.json').unlink(), 'add the index, or name one file'),
+    'index without map': (lambda d: sharded(d, '{}'), 'has no `weight_map`'),
+    'missing shard': (lambda d: sharded(d).joinpath(next(iter(SHARDS))).unlink(),
+        'which model.safetensors.index.json lists; copy or download'),
+    'shard that lacks a key': (lambda d: sharded(d, lose=[W]),
+        f"the index places {W!r} in model-00002-of-00002.safetensors, which lacks it"),
+    'key in two shards': (lambda d: sharded(d, twice=[W]), f"{W!r} is stored twice"),
+    'missing parameter': (lambda d: model(d, {k: v for k, v in toy(1).items() if k != W}),
+        f"lacks {W!r}, which the base has; {ALIKE}"),
+    'extra parameter': (lambda d: model(d, toy(1) | {'h.2.weight': torch.ones(1)}),
+        f"has 'h.2.weight', which the base lacks; {ALIKE}"),
+    'other shape': (lambda d: model(d, changed(W, lambda x: x[:3])), f"{W!r}: expected shape (6, 4), got (3, 4); {ALIKE}"),
+    'whole numbers': (lambda d: model(d, changed(W, torch.Tensor.int)), 'got torch.int32; save it as the base is'),
+    'NaN': (lambda d: model(d, changed(W, lambda x: x * torch.nan)), f"{W!r}: expected finite numbers, got NaN or infinity"),
+    'infinity in bfloat16': (lambda d: model(d, changed(W, lambda x: (x * torch.inf).bfloat16())), 'got NaN or infinity'),
+    'zero bytes': (lambda d: model(d, toy(1)).joinpath('model.safetensors').write_bytes(b''),
+        'is empty (0 bytes); copy or download'),
+    'no model': (lambda d: d.mkdir(), 'in it, an empty folder'),
+    'garbage': (lambda d: model(d, toy(1)).joinpath('model.safetensors').write_bytes(b'\xff' * 99), 'or no safetensors file'),
+    'code in a pickle': (lambda d: pickled(d, False),
+        'reading it could run code, so it was not read; ask its author for safetensors'),
+    'code in an old pickle': (lambda d: pickled(d, True), 'reading it could run code, so it was not read'),
+    'base once more': (lambda d: model(d, toy(0)), 'hold the same weights; give each model once'),
+    'other architecture': (lambda d: model(d, toy(1), '{"model_type": "bert"}'), "model_type is 'bert', of the base 'toy'"),
+    'config that is no JSON': (lambda d: model(d, toy(1), '{"model_type"'), 'config.json is no valid JSON'),
+    'config of other types': (lambda d: model(d, toy(1), '{"id2label": 3}'), '`id2label` must be a mapping, got 3'),
+    'config without row numbers': (lambda d: model(d, toy(1), '{"id2label": {"a": "b"}}'), '`id2label` must name rows by number'),
+    'living fusion': (lambda d: model(d, toy(1)).joinpath('model.safetensors').rename(d/'fusion.safetensors'),
+        '`direction-fusion export` first'),
+    'folder for a file': (lambda d: (d/'model.safetensors').mkdir(parents=True),
+        'it is a folder in the place of a file; move it away'),
+    'adapter without weights': (lambda d: (adapter(d), (d/'adapter_model.safetensors').unlink()),
+        'holds neither adapter_model.safetensors nor'),
+    'adapter of other weights': (lambda d: adapter(d, names=lambda n: n.replace('h.0', 'g.0')), "adapts 'g.0.weight', which"),
+    'adapter of another rank': (lambda d: adapter(d, dict(r=4)),
+        'expected rank 4 as the config says, got lora_A of shape (2, 4)'),
+    'adapter of rank zero': (lambda d: adapter(d, dict(r=0)), '`r` must be a number above 0, got 0'),
+    'adapter with a word for alpha': (lambda d: adapter(d, dict(lora_alpha='x')),
+        "`lora_alpha` must be a number above 0, got 'x'"),
+    'adapter with a bad pattern': (lambda d: adapter(d, dict(rank_pattern={'(': 2})), '`rank_pattern` cannot be read'),
+    'adapter with NaN': (lambda d: adapter(d, scale=torch.nan), 'expected finite numbers, got NaN or infinity')}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    "A folder with a base and an expert, to work in."
+    for t, n in enumerate(('base', 'good')): model(tmp_path/n, toy(2 * t))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refuses(says, *args): # one line, exit code 2, nothing else in the folder than before
+    before = sorted(os.walk('.'))
+    code, out, err = call(*args)
+    assert code == 2 and says in err and err.count('\n') == 1 and err.startswith('direction-fusion: ') and not out, err
+    assert sorted(os.walk('.')) == before
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_commands_refuse_a_bad_expert(world, case):
+    make, says = BAD[case]
+    make(world/'bad model')
+    refuses(says, 'fuse', 'base', 'good', 'bad model', '-o', 'fused')
+    refuses(says, 'add', 'state', 'bad model', '--base', 'base')
+    (world/'recipe.yaml').write_text('method: dora\nbase: base\nexperts: [good, bad model]\n')
+    refuses(says, 'fuse', 'recipe.yaml', '-o', 'fused')
+    code, _, err = call('inspect', 'base', 'good', 'bad model', '-m', 'dora')
+    assert code in (0, 2) and err.count('\n') <= 1
+    assert call('add', 'state', 'good', '--base', 'base')[0] == 0 # a living fusion that is there stays as it is
+    refuses(says, 'add', 'state', 'bad model')
+    assert not (world/'bad model'/'ran').exists()
+
+
+@pytest.mark.parametrize('says, args', [
+    ("`--html` must be a file to write", ('inspect', 'base', 'good', '--html', 'good')),
+    ("holds 'good', which is read", ('fuse', 'base', 'good', '-o', 'good', '--overwrite')),
+    ("no fusion wrote it", ('fuse', 'base', 'good', '-o', 'taken', '--overwrite')),
+    ("exists; choose another folder", ('fuse', 'base', 'good', '-o', 'taken')),
+    ("is a link; name the folder itself", ('fuse', 'base', 'good', '-o', 'link')),
+    ("is a file; choose another name", ('fuse', 'base', 'good', '-o', 'base/config.json')),
+    ("too long a name", ('fuse', 'base', 'good', '-o', 'x' * 250)),
+    ("its parent folder cannot be made", ('fuse', 'base', 'good', '-o', 'base/config.json/x')),
+    ("got an empty text", ('fuse', 'base', '')),
+    ("the same files; give each model once", ('fuse', 'base', 'good', 'good')),
+    ("the same files; give each model once", ('fuse', 'base', 'good', 'good/model.safetensors')),
+    ("`weights` must be finite, got nan", ('fuse', 'base', 'good', '-m', 'soft_soup', '--weights', 'nan')),
+    ("must not sum to 0", ('fuse', 'base', 'good', '-m', 'soft_soup', '--weights', '0')),
+    ("`weight` must be finite, got inf", ('add', 'state', 'good', '--base', 'base', '-m', 'soft_soup', '--weight', 'inf')),
+    ("`labels` must be one of agree, union", ('fuse', 'base', 'good', '--labels', 'x')),
+    ("`tokens` must be one of agree, base", ('fuse', 'base', 'good', '--tokens', 'x')),
+    ("name a folder of its own", ('add', 'taken', 'good', '--base', 'base')),
+    ("is a file; a living fusion is a folder", ('add', 'base/config.json', 'good', '--base', 'base')),
+    ("the first expert needs `base`", ('add', 'nothing', 'good')),
+    ("holds no fusion: no fusion.safetensors in it", ('export', 'nothing', '-o', 'x')),
+    ("holds no fusion: no fusion.safetensors in it", ('remove', 'nothing', 'good')),
+    ("or one recipe file ending in .yaml, alone", ('fuse', 'recipe.yaml', 'good')),
+    ("no recipe at nowhere.yaml", ('fuse', 'nowhere.yaml')),
+    ("did you mean 'experts'?", ('fuse', 'typo.yaml')),
+    ("recipe says the method, its parameters, weights and seed", ('fuse', 'recipe.yaml', '--weights', '1')),
+    ("recipe says the method, its parameters, weights and seed", ('fuse', 'recipe.yaml', '--seed', '1')),
+    ("the recipe is for 9 layers", ('fuse', 'nine.yaml')),
+    ("hold the same adapter; give each once", ('fuse', 'lora', 'lora')),
+    ("holds 'lora', which is read", ('fuse', 'lora', 'lora', '-o', 'lora', '--overwrite')),
+    ("no fusion wrote it", ('fuse', 'lora', '-o', 'taken', '--overwrite'))],
+    ids=lambda x: ' '.join(x) if isinstance(x, tuple) else '')
+def test_commands_refuse_bad_requests(world, says, args):
+    (world/'taken').mkdir()
+    (world/'taken'/'diary').touch()
+    (world/'link').symlink_to('nowhere')
+    adapter(world/'lora')
+    recipe = 'method: soft_soup\nbase: base\nexperts: [good]\n'
+    for n, text in dict(recipe=recipe, typo=recipe.replace('experts', 'expert'), nine=recipe + 'layers: 9\n').items():
+        (world/f'{n}.yaml').write_text(text)
+    refuses(says, *args)
+
+
+@pytest.mark.parametrize('option', [('--threads', -1), ('--adapter-rank', 0), ('--seed', -1)], ids=str)
+def test_numbers_out_of_range(world, option):
+    code, _, err = call('fuse', 'base', 'good', '-o', 'fused', *option)
+    assert code == 2 and option[0] in err and 'Traceback' not in err and not (world/'fused').exists()
+
+
+def test_a_base_that_is_wrong(world):
+    for state, says in [(changed(W, lambda x: x * torch.nan), f"bad, {W!r}: expected finite numbers"),
+                        (changed(W, torch.Tensor.int), 'save it as the base is'),
+                        ({k: v for k, v in toy(1).items() if k != W}, f"has {W!r}, which the base lacks; {ALIKE}")]:
+        model(world/'bad', state)
+        for method in ('dora', 'soft_soup', 'ties', 'tsv_m'): refuses(says, 'fuse', 'bad', 'good', '-m', method, '-o', 'fused')
+        refuses(says, 'add', 'state', 'good', '--base', 'bad')
+
+
+def test_a_living_fusion_that_is_damaged_or_lost_its_base(world):
+    assert call('add', 'state', 'good', '--base', 'base')[0] == 0
+    file = world/'state'/'fusion.safetensors'
+    whole = file.read_bytes()
+    for wrong in (b'', whole[:500], b'\xff' * 99, (world/'base'/'model.safetensors').read_bytes()):
+        file.write_bytes(wrong)
+        for args in (('add', 'state', 'base'), ('remove', 'state', 'good'), ('export', 'state', '-o', 'x')):
+            refuses('restore it, or fold' if b'format' not in wrong[:99] else 'fold the experts again', *args)
+    file.write_bytes(whole)
+    (world/'base').rename(world/'moved')
+    refuses('the base of state is not to be had', 'export', 'state', '-o', 'x')
+    assert call('export', 'state', '--base', 'moved', '-o', 'x')[0] == 0
+
+
+def test_paths_with_spaces_and_letters_of_any_alphabet(world):
+    odd = world/'ein Ordner'/'模型 é'
+    (world/'ein Ordner').mkdir()
+    (world/'good').rename(odd)
+    for args in (('fuse', 'base', odd, '-o', 'ä b/ç'), ('add', 'стан', odd, '--base', 'base'), ('export', 'стан', '-o', 'ä b/d')):
+        assert call(*args)[2] == ''
+    assert torch.equal(open_checkpoint('ä b/ç')[W], open_checkpoint('ä b/d')[W])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root can mount a small disk')
+def test_commands_on_a_disk_that_is_full(world):
+    small, large = world/'small', {k: torch.randn(40, 40) for k in NAMES}
+    for t, n in enumerate(('base', 'good')): model(world/n, {k: v + t * torch.randn(v.shape) for k, v in large.items()})
+    small.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=16k', 'tmpfs', small], capture_output=True, check=False).returncode:
+        pytest.skip('no right to mount')
+    try:
+        assert call('add', 'state', 'good', '--base', 'base')[0] == 0
+        refuses("no room for 'fused'", 'fuse', 'base', 'good', '-o', 'small/fused')
+        refuses('failed (No space left on device); make room', 'fuse', 'base', 'good', '-o', 'small/lora', '--adapter-rank', 20)
+        refuses('no room for the next state in small/state', 'add', 'small/state', 'good', '--base', 'base')
+        refuses("no room for 'fused'", 'export', 'state', '-o', 'small/fused')
+        assert os.listdir(small) == []
+    finally: subprocess.run(['umount', '-l', small], check=True)
