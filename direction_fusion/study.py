@@ -876,7 +876,8 @@ def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: 
     b, names, m = bench(study), task_order(study, order), get_method(method)
     return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], recipe_key(recipe_of(study, seed)),
                   method_label(method, params), seed, code_print(method), study.evaluate,
-                  *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')), *_shared_head(study, m)[1:],
+                  *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')),
+                  *_shared_head(study, m)[1:],
                   [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else [],
                   *[_recalibration(study)] * (study.recalibrate > 0))
 
