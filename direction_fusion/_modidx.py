@@ -1440,6 +1440,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'direction_fusion.study._recalibrated': ('study.html#_recalibrated', 'direction_fusion/study.py'),
                                         'direction_fusion.study._recalibration': ('study.html#_recalibration', 'direction_fusion/study.py'),
                                         'direction_fusion.study._record': ('study.html#_record', 'direction_fusion/study.py'),
+                                        'direction_fusion.study._release': ('study.html#_release', 'direction_fusion/study.py'),
                                         'direction_fusion.study._replay_rows': ('study.html#_replay_rows', 'direction_fusion/study.py'),
                                         'direction_fusion.study._save': ('study.html#_save', 'direction_fusion/study.py'),
                                         'direction_fusion.study._shared_head': ('study.html#_shared_head', 'direction_fusion/study.py'),

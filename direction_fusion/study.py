@@ -13,6 +13,7 @@ __all__ = ['ALL', 'FEW', 'EVALUATE', 'MEASURED', 'TRAINING', 'FORMAT', 'Study', 
 # %% ../nbs/14_study.ipynb #e041a133
 import ast
 import configparser
+import ctypes
 import gc
 import inspect
 import itertools
@@ -25,6 +26,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -699,6 +701,10 @@ def validation_accuracy(
     return float(np.mean([METRICS['accuracy'](labels(study, n, 'validation'), p) for n, p in found.items()]))
 
 # %% ../nbs/14_study.ipynb #3665911c
+def _release(): # what earlier runs have left behind, back to the system
+    gc.collect() # their models may hang in circles of references: few objects, gigabytes
+    with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0) # the GNU C library keeps what it is given
+
 def gather(
     study:Study,         # the study
     method:str,          # key of `METHODS`
@@ -708,6 +714,7 @@ def gather(
     held:SimpleNamespace|None=None, # an earlier answer: its experts are taken where they depend on no method
 )->SimpleNamespace:      # files, experts (parameters that are fused, head), heads, fused (see `folding`), models made on the way
     "The experts of a method, by the study's protocol."
+    _release()
     loop, files, experts, models = study.protocol == 'fused' and get_method(method).kind != 'training', {}, {}, []
     fused = folding(study, method, params, seed, experts, files)
     if held and not loop: files |= held.files; experts |= held.experts
@@ -821,7 +828,6 @@ def run_method(
     "Fold a method over the study's experts and evaluate after every step on every task seen, or after the last alone."
     params, m, t0 = dict(params or {}), get_method(method), time.perf_counter()
     study_params(method, params)
-    gc.collect() # models of an earlier run may hang in circles of references: few objects, gigabytes
     names, T = task_order(study, order), len(study.tasks)
     found, R, R_macro, norms, fuse_s = gather(study, method, params, seed, names), *np.full((3, T, T), np.nan), 0.
     models = _baseline_models(study, method, params, seed, order) if m.kind == 'training' else found.models
