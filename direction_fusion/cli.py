@@ -166,7 +166,7 @@ def fuse(
     role:Annotated[list[str]|None, typer.Option(help="e.g. '*.ln_f.weight=norm'; may be repeated")]=None,
     heads:Annotated[str|None, typer.Option(help='task heads: refuse, base, fuse or keep')]=None,
     tokens:Annotated[str|None, typer.Option(help='tokens that not all models know: base, union or intersection')]=None,
-    labels:Annotated[str|None, typer.Option(help='of heads that are fused: agree or union')]=None,
+    labels:Annotated[str|None, typer.Option(help='of heads that are fused: agree, base, union or intersection')]=None,
     dtype:Annotated[str|None, typer.Option(help="of the output; the base's unless said")]=None,
     adapter_rank:Annotated[int|None, typer.Option(min=1, help='write a LoRA adapter of this rank in place of a model')]=None,
     max_shard:Annotated[str|None, typer.Option(help='most bytes in a file, 5GB unless said')]=None,

@@ -574,14 +574,29 @@ def _write_shards(new:Path, model:Checkpoint, head:Mapping[str, Tensor])->None: 
     (new/'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
 
 # %% ../nbs/24_vocabulary.ipynb #fa122a9c
-LABEL_MODES = 'agree', 'union'
+LABEL_MODES = 'agree', 'base', 'union', 'intersection'
+
+def _wanted(own:Sequence[str], sets:Mapping[str, Sequence[str]], mode:str, base:str)->list[str]: # labels of the output, in order
+    first, *rest = ([own] if own else []) + list(sets.values())
+    if mode in ('agree', 'union'): return list(dict.fromkeys(n for ls in (first, *rest) for n in ls))
+    if mode == 'intersection':
+        if kept := [n for n in first if all(n in ls for ls in rest)]: return kept
+        named = ([f"{base}: {', '.join(own)}"] if own else []) + [f"{m}: {', '.join(ls)}" for m, ls in sets.items()]
+        raise ValueError(f"no label is shared by all ({'; '.join(named)}); use labels='union', or keep heads per task")
+    if not own: raise ValueError(f"{base} has no head of the experts' kind with named labels, which labels='base' takes; "
+                                 "use labels='union' or 'intersection'")
+    for m, ls in sets.items():
+        if not set(own) & set(ls):
+            raise ValueError(f"{m} has none of the labels of {base} ({', '.join(own)}), but {', '.join(ls)}; "
+                             "use labels='union', or keep heads per task")
+    return list(own)
 
 def match_labels(
     base:Checkpoint,               # base model, with or without a task head
     experts:Sequence[Checkpoint],  # models; at least one has a task head
     mode:str='agree',              # one of `LABEL_MODES`
 )->RowMatch:                       # rows of the output by label; −1 throughout for a model that has no say
-    "Output rows of a shared head by label."
+    "Output rows of a shared head by label; `ValueError` for heads of different kinds, without names, or where none is left."
     if mode not in LABEL_MODES: raise ValueError(f"`mode` must be one of {', '.join(LABEL_MODES)}, got {mode!r}")
     heads = [e for e in experts if head_parameters(e)]
     if not heads: raise ValueError("no expert has a task head; leave heads out of the request")
@@ -598,11 +613,13 @@ def match_labels(
                              "to match by; write `id2label` into config.json, or keep heads per task")
         if mode == 'agree' and set(a) != set(b):
             raise ValueError(f"{first.name} and {e.name} disagree on {_some(set(a) ^ set(b))}; take the labels of all "
-                             "with labels='union', or keep heads per task")
-    own = label_names(base)[0] if head_parameters(base) == head_parameters(first) else []
+                             "with labels='union', those that all share with 'intersection', or keep heads per task")
+    own = said = label_names(base)[0] if head_parameters(base) == head_parameters(first) else []
     if mode == 'agree' and set(own) != set(labels[first.name]) or unnamed(own) and own != labels[first.name]: own = []
-    names = [{n: i for i, n in enumerate(ls)} for ls in [own, *(labels.get(e.name, []) for e in experts)]]
-    return match_rows(names, [len(n) for n in names], 'union', [m.name for m in (base, *experts)])._replace(mode=mode)
+    sets = [_wanted(own, labels, mode, base.name), own, *(labels.get(e.name, []) for e in experts)]
+    names = [{n: i for i, n in enumerate(ls)} for ls in sets]
+    match = match_rows(names, [len(n) for n in names], 'base', ['the output', *(m.name for m in (base, *experts))])
+    return match._replace(mode=mode, maps=match.maps[1:], left_out=[[n for n in said if n not in names[0]], *match.left_out[2:]])
 
 # %% ../nbs/24_vocabulary.ipynb #58d0f5e6
 def align_labels(

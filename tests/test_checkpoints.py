@@ -646,6 +646,32 @@ def test_heads_that_cannot_be_told_apart(headed, tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_labels_of_the_base_or_of_all(tmp_path):
+    "Rows by label against a loop over names in float64; what the fused head lacks is said; nothing is left of an empty set."
+    labels = dict(base=['no', 'yes', 'off'], one=['yes', 'no', 'maybe'], two=['off', 'yes'], far=['x', 'y'])
+    for t, (n, names) in enumerate(labels.items()):
+        torch.manual_seed(t)
+        config = BertConfig(**text, id2label=dict(enumerate(names)), label2id={x: i for i, x in enumerate(names)})
+        BertForSequenceClassification(config).save_pretrained(tmp_path/n)
+    table = lambda n: read_all(tmp_path/n)['classifier.weight'].double()
+    row = lambda n, x: table(n)[labels[n].index(x)] if x in labels[n] else row('base', x)
+    for mode, kept, gone in [('base', labels['base'], [None, ['maybe'], None]),
+                             ('intersection', ['yes'], [['no', 'off'], ['no', 'maybe'], ['off']])]:
+        out = tmp_path/f'by {mode}'
+        code, _, err = call('fuse', *(tmp_path/n for n in ('base', 'one', 'two')), '-m', 'soft_soup', '--heads', 'fuse',
+                            '--labels', mode, '-o', out)
+        assert code == 0 and not err, err
+        model = AutoModelForSequenceClassification.from_pretrained(out)
+        assert list(model.config.id2label.values()) == kept
+        want = torch.stack([(row('one', x) + row('two', x)) / 2 for x in kept])
+        assert_close(model.classifier.weight.double(), want, rtol=0, atol=1e-7)
+        assert [i.get('labels_left_out') for i in json.loads((out/'fusion.json').read_text())['inputs']] == gone
+        assert 'maybe of one' in (out/'README.md').read_text() and verify(out)
+    for mode, says in [('base', 'has none of the labels'), ('intersection', 'no label is shared by all')]:
+        code, _, err = call('fuse', tmp_path/'base', tmp_path/'far', '--heads', 'fuse', '--labels', mode, '-o', tmp_path/'no')
+        assert code == 2 and says in err and err.count('\n') == 1 and not (tmp_path/'no').exists()
+
+
 def test_tokens_of_all_experts(tmp_path):
     "Two experts that added a token each, at the same place: the fused model and its tokenizer know both."
     from tokenizers import Tokenizer, models as kinds, pre_tokenizers
