@@ -28,7 +28,7 @@ from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, s
 from .methods import METHODS, accepted
 from .request import DTYPES, n_cores, one_thread, read_deltas, run_all, shared_names, tally
 from .streaming import fitted
-from .vocabulary import head_file, split_heads, without_heads
+from .vocabulary import head_file, head_parameters, match_tokens, pooler_with_head, split_heads, without_heads
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 
 # %% ../nbs/26_living.ipynb #882cb7a7
@@ -101,7 +101,7 @@ def read_about(
         with safe_open(path, 'pt') as f: about = json.loads((f.metadata() or {}).get('direction_fusion', '{}'))
     except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}); restore it, or fold the experts again") from None
     if about.get('format') != 2: raise ValueError(f"{path} holds no fusion state of format 2; fold the experts again")
-    return dict(copies={}, source=None, keep=False) | about
+    return dict(copies={}, source=None, keep=False, left_out={}) | about
 
 def _base_of(about:dict, base, folder)->Checkpoint: # the base of a living fusion, or an error
     if not (base or about['source']): raise ValueError(f"{folder} does not say where its base lies: pass `base`")
@@ -167,6 +167,17 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
     return new
 
 # %% ../nbs/26_living.ipynb #98725b97
+def _check_tokens(base:Checkpoint, expert:Checkpoint, given:str)->None: # that the expert's rows are those of the base's tokens
+    if match_tokens(base, [expert], 'base').same: return
+    heads = ' --heads fuse' * bool(head_parameters(expert))
+    raise ValueError(f"{given} has other tokens than the base, whose rows a living fusion keeps: fuse all experts at once with "
+                     "`direction-fusion fuse BASE EXPERTS --tokens union`, or add what this makes of it: `direction-fusion "
+                     f"fuse BASE {given} -m soft_soup --tokens base{heads} -o NEW`")
+
+def _expert_of(about:dict, base:Checkpoint, expert)->Checkpoint: # whole, under the base's names
+    e = match_names(base, open_expert(expert, base))
+    return pooler_with_head(base, e, about['keep']) if about['heads'] == 'base' else e
+
 def _check_new(about:dict, base:Checkpoint, expert:Checkpoint, name:str)->str: # fingerprint of an expert that may join
     if name in about['names']: raise ValueError(f"{name!r} has been added already; experts: {', '.join(about['names'])}")
     if about['keep'] and (same := [n for n in about['names'] if head_file(n) == head_file(name)]):
@@ -217,12 +228,15 @@ def add_expert(
             base = without_heads(base) if heads == 'keep' else base
             about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
-        full = match_names(base, open_expert(expert, base))
+        full = _expert_of(about, base, expert)
         expert, name = without_heads(full) if about['keep'] else full, name or _called(full)
+        _check_tokens(base, full, full.name)
         if not math.isfinite(weight): raise ValueError(f"`weight` must be finite, got {weight}")
         if weight != 1 and not accepted(m, 'weight'):
             raise ValueError(f"{about['method']!r} does not weigh experts; leave `weight` at 1")
         i = _check_new(about, base, expert, name)
+        if about['heads'] == 'base' and not about['keep'] and (left := head_parameters(expert)):
+            about['left_out'] = about['left_out'] | {name: left}
         if about['keep']: split_heads(folder, [View(full, name=name)]) # first: of whom `names` does not list, none is exported
         return _change(about, base, expert, folder, None, (name, weight, i), threads, advance)
 
@@ -235,7 +249,7 @@ def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mappi
     keep, heads, roles = heads == 'keep', 'base' if heads == 'keep' else heads, roles_of(base.meta, roles)
     moving(roles, heads)
     return dict(format=2, method=name, params=params, seed=seed, heads=heads, keep=keep, roles=roles, base=fingerprint(base),
-                source=str(base.path.resolve()), copies={}, names=[], weights=[], ids=[], norms=[], scale=1.)
+                source=str(base.path.resolve()), copies={}, names=[], weights=[], ids=[], norms=[], left_out={}, scale=1.)
 
 # %% ../nbs/26_living.ipynb #6363f6b8
 def remove_expert(
@@ -254,7 +268,7 @@ def remove_expert(
             raise ValueError(f"{about['method']!r} cannot take an expert out; methods that can: "
                              f"{', '.join(n for n, m in METHODS.items() if m.remove)}")
         base = _base_of(about, base, folder)
-        expert = match_names(base, open_expert(expert, base))
+        expert = _expert_of(about, base, expert)
         expert, name = without_heads(expert) if about['keep'] else expert, name or _called(expert)
         if name not in about['names']:
             raise ValueError(f"{name!r} is not in this fusion; experts: {', '.join(about['names']) or 'none'}")
@@ -262,6 +276,7 @@ def remove_expert(
         if (got := fingerprint(expert)) != about['ids'][i]:
             raise ValueError(f"{name!r} was added with fingerprint {about['ids'][i]}, got another model, {got}; "
                              "pass the one that was added")
+        about['left_out'] = {n: ks for n, ks in about['left_out'].items() if n != name}
         done = _change(about, base, expert, folder, i, (), threads, advance)
         if about['keep']: (folder/head_file(name)).unlink(missing_ok=True)
         return done

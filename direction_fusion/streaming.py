@@ -36,7 +36,7 @@ from .request import (CHUNK, DTYPES, Cast, Request, ZeroBase, check_finite, make
 from .soup import gram_scan
 from .sparse import ties, ties_scan, ties_survey
 from .vocabulary import (LABEL_MODES, MODES, RowMatch, align_labels, align_tokens, head_files, head_parameters,
-                                         match_labels, split_heads, without_heads, write_tokenizer)
+                                         match_labels, pooler_with_head, split_heads, without_heads, write_tokenizer)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card, overflowed, round_to
 
 # %% ../nbs/25_streaming.ipynb #fd087479
@@ -532,6 +532,7 @@ def fuse_checkpoints(
 )->dict:                                # content of fusion.json
     "Fuse checkpoints on disk into a checkpoint on disk."
     base, opened = open_models(base, experts, names, read_dtype)
+    if base is not None and heads in ('base', 'keep'): opened = [pooler_with_head(base, e, heads == 'keep') for e in opened]
     folders = [m.path for m in (base, *opened) if m is not None]
     out = check_out(out, overwrite, folders)
     whole, (base, arranged, match) = base, arrange(base, opened, heads, tokens, labels)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODES', 'TOKENIZER_FILES', 'LABEL_MODES', 'RowMatch', 'match_rows', 'Tokenizer', 'read_tokenizer', 'vocabulary',
            'token_parameters', 'match_tokens', 'Gathered', 'token_config', 'align_tokens', 'write_tokenizer',
-           'head_parameters', 'without_heads', 'label_names', 'head_file', 'head_files', 'split_heads', 'read_head',
-           'attach_head', 'match_labels', 'align_labels']
+           'head_parameters', 'without_heads', 'pooler_with_head', 'label_names', 'head_file', 'head_files',
+           'split_heads', 'read_head', 'attach_head', 'match_labels', 'align_labels']
 
 # %% ../nbs/24_vocabulary.ipynb #8d7b8647
 import filecmp
@@ -471,6 +471,21 @@ def without_heads(
     "What is fused while heads are kept apart."
     heads = set(head_parameters(checkpoint))
     return View(checkpoint, {k: k for k in checkpoint if k not in heads}) if heads else checkpoint
+
+_POOLER = re.compile(r'(\w+\.)?pooler\.').match
+
+def pooler_with_head(
+    base:Checkpoint,   # base model
+    expert:Checkpoint, # under the base's names
+    keep:bool=False    # the head will lie in a file of its own: only where there is one
+)->Checkpoint:         # `expert`, or a view on it whose head has the pooler too, named as it is beside the base's parameters
+    "A pooler lies between the body and the head: where the base has none, it goes the way of the expert's head."
+    own = [k for k in expert if _POOLER(k) and k not in base]
+    if not own or keep and not head_parameters(expert): return expert
+    plain = lambda k: k.removeprefix(p) if (p := _POOLER(k)[1] or '') and not any(b.startswith(p) for b in base) else k
+    view = View(expert, {plain(k) if k in own else k: k for k in expert})
+    view.roles = expert.roles | {plain(k): 'head' for k in own}
+    return view
 
 _FINAL = re.compile(r'(?:out_proj|(?:^|\.)(?:classifier|score|qa_outputs))\.weight$').search
 

@@ -588,6 +588,7 @@ def headed(tmp_path_factory):
     for t, name in enumerate(('body', 'body1'), 1): write(name, 'BertModel', t)
     for n in (2, 3, 4): write(f'labels{n}', 'BertForSequenceClassification', 10 + n, n)
     write('other2', 'BertForSequenceClassification', 20)
+    write('bare', 'BertModel', 3, add_pooling_layer=False)
     write('words', 'BertForMaskedLM', 21)
     write('span', 'BertForQuestionAnswering', 22) # without a pooler, as `words`
     return root
@@ -627,10 +628,41 @@ def test_heads_of_any_shape_stay_apart(headed, tmp_path, base, experts):
     assert 'would refuse' not in call('inspect', headed/base, *(headed/n for n in experts), '-m', 'soft_soup')[1]
 
 
+@pytest.mark.parametrize('base', ['bare', 'words']) # without the prefix of the experts, and with it
+def test_a_pooler_goes_with_its_head(headed, tmp_path, base):
+    "Where the base has no pooler: kept with the head it feeds, or left out and said so; at once as one by one."
+    experts, top = ['labels3', 'labels4'], ('classifier', 'pooler')
+    plain = lambda n: {k.removeprefix('bert.'): v for k, v in read_all(headed/n).items() if not k.startswith('cls')}
+    body = lambda n: {k: v for k, v in plain(n).items() if not k.startswith(top)}
+    want = fuse(body(base), [body(n) for n in experts], 'soft_soup')
+    for heads in ('keep', 'base'):
+        outs = [tmp_path/heads, tmp_path/f'{heads} too']
+        models = headed/base, *(headed/n for n in experts)
+        assert call('fuse', *models, '-m', 'soft_soup', '-o', outs[0], '--heads', heads)[2] == ''
+        for n in experts:
+            begin = ('--base', headed/base, '-m', 'soft_soup', '--heads', heads) if n == experts[0] else ()
+            assert call('add', tmp_path/f'state {heads}', headed/n, *begin)[2] == ''
+        assert call('export', tmp_path/f'state {heads}', '-o', outs[1])[2] == ''
+        for out in outs:
+            got = {k.removeprefix('bert.'): v for k, v in read_all(out).items() if not k.startswith('cls')}
+            assert_close(got, want)
+            said = [i.get('left_out', []) for i in json.loads((out/'fusion.json').read_text())['inputs']]
+            if heads == 'base': assert not said[0] and all(len([k for k in x if 'pooler' in k]) == 2 for x in said[1:])
+            if heads == 'base': assert 'pooler.dense.bias' in (out/'README.md').read_text()
+            for n in experts if heads == 'keep' else []:
+                folder = attach_head(out, out/'heads'/f'{n}.safetensors', tmp_path/f'{out.name} {n}')
+                model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+                assert not info['missing_keys'] and all(k.startswith('cls') for k in info['unexpected_keys'])
+                state = {k.removeprefix('bert.'): v for k, v in model.state_dict().items()}
+                assert_close({k: state[k] for k in plain(n)}, want | {k: v for k, v in plain(n).items() if k.startswith(top)})
+    assert call('remove', tmp_path/'state base', headed/'labels3')[2] == ''
+
+
 def test_heads_that_cannot_be_told_apart(headed, tmp_path):
-    "Nothing is cut: a head with something below it that the base lacks, unequal labels, a head that has no labels."
-    refused("pooler.dense.weight', which the base lacks; choose a base that has a place for it", headed/'span',
-            [headed/'labels3'], 'dora', tmp_path/'fused', heads='base')
+    "Nothing is cut: a pooler without a head that the base lacks, unequal labels, a head that has no labels."
+    for args in [dict(), dict(heads='keep')]:
+        refused("pooler.dense.weight', which the base lacks; choose a base that has a place for it", headed/'bare',
+                [headed/'body1'], 'dora', tmp_path/'fused', **args)
     for heads in ('refuse', 'fuse'):
         args = [*map(str, (headed/'labels2', headed/'labels3', headed/'labels4'))], ['--heads', heads] * (heads == 'fuse')
         code, _, err = call('fuse', *args[0], '-o', tmp_path/'fused', *args[1])
@@ -672,7 +704,7 @@ def test_labels_of_the_base_or_of_all(tmp_path):
         assert code == 2 and says in err and err.count('\n') == 1 and not (tmp_path/'no').exists()
 
 
-def test_tokens_of_all_experts(tmp_path):
+def test_tokens_of_all_experts(tmp_path, monkeypatch):
     "Two experts that added a token each, at the same place: the fused model and its tokenizer know both."
     from tokenizers import Tokenizer, models as kinds, pre_tokenizers
     words = ['<unk>', '<pad>', 'the', 'cat', 'sat']
@@ -700,6 +732,14 @@ def test_tokens_of_all_experts(tmp_path):
     table, (_, tool, think) = model.state_dict()['model.embed_tokens.weight'], (s['model.embed_tokens.weight'] for s in states)
     assert_close(table, torch.cat([(tool[:5] + think[:5]) / 2, tool[5:], think[5:]])) # each row by those that have it
     with torch.no_grad(): assert model(torch.tensor([[2, 6, 5]])).logits.shape == (1, 3, 7)
+    monkeypatch.chdir(tmp_path)                                   # a living fusion keeps the base's rows, and says what helps
+    code, _, err = call('add', 'state', 'tool', '--base', 'base', '-m', 'soft_soup')
+    assert code == 2 and 'tool has other tokens than the base' in err
+    assert '`direction-fusion fuse BASE EXPERTS --tokens union`' in err
+    helps = err.split('`direction-fusion ')[2].split('`')[0].replace('BASE', 'base').replace('NEW', 'plain-tool').split()
+    assert call(*helps)[0] == 0, helps
+    assert call('add', 'state', 'plain-tool', '--base', 'base', '-m', 'soft_soup')[0] == 0
+    assert_close(read_all('plain-tool')['model.embed_tokens.weight'], tool[:5])
 
 
 # A living fusion
