@@ -261,12 +261,14 @@ def export(
     base:Annotated[str|None, typer.Option(help='where it has moved')]=None,
     dtype:Annotated[str|None, typer.Option(help="of the output; the base's unless said")]=None,
     max_shard:Annotated[str, typer.Option(help='most bytes in a file')]='5GB',
+    adapter_rank:Annotated[int|None, typer.Option(min=1, help='write a LoRA adapter of this rank in place of a model')]=None,
     threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
     overwrite:Annotated[bool, typer.Option(help='replace an earlier output')]=False,
 ):
     "Write the checkpoint that a living fusion stands for."
     from direction_fusion.living import export_fusion
-    with _bar('writing') as advance: done = export_fusion(state, out, base, dtype, max_shard, threads, overwrite, advance)
+    with _bar('writing') as advance:
+        done = export_fusion(state, out, base, dtype, max_shard, threads, overwrite, advance, adapter_rank)
     print(f"{out}: {len(done['outputs'])} parameters, fused by {done['method']}")
 
 # %% ../nbs/30_cli.ipynb #cb22fb4a

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from .adapters import open_expert
+from .adapters import lora_adapter, open_expert, write_adapter
 from .checkpoints import Checkpoint, View, _is_kept, check_checkpoints, match_names, open_checkpoint, raw
 from .core import _some, atomic_path, compute_dtype, fingerprint
 from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, step_state, unpack_state
 from .methods import METHODS, accepted
 from .request import DTYPES, n_cores, one_thread, read_deltas, run_all, shared_names, tally
-from .streaming import fitted
+from .streaming import _adapter_digests, fitted
 from .vocabulary import head_file, head_parameters, match_tokens, pooler_with_head, split_heads, without_heads
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 
@@ -282,6 +282,52 @@ def remove_expert(
         return done
 
 # %% ../nbs/26_living.ipynb #11caec45
+def _merged(about:dict, base:Checkpoint, folder:Path)->Callable: # (k, b): its delta before the scale; None where nothing moves it
+    m, held, old = METHODS[about['method']], {}, open_checkpoint(folder/STATE) if about['names'] else {}
+    for key in old: held.setdefault(key.rpartition('|')[0], []).append(key)
+    def delta(k, b):
+        o = about['copies'].get(k, k) # what is tied moves with its owner
+        if o not in held: return None
+        state = unpack_state({key: old[key] for key in held[o]})[o]
+        return state_delta(m, about['params'], o, state, b.to(compute_dtype(b)), about['roles'][o], about['seed'])
+    return delta
+
+def _recipe(about:dict, base:Checkpoint, **more)->dict: # what `fuse` would be given to come to the same
+    rows = [n if w == 1 else dict(model=n, weight=w) for n, w in zip(about['names'], about['weights'])]
+    heads = 'keep' if about['keep'] else about['heads']
+    more = dict(heads=None if heads == 'refuse' else heads, seed=about['seed'] or None) | more
+    return dict(method=about['method'], base=_called(base), experts=rows, parameters=about['params']) | {
+        k: v for k, v in more.items() if v is not None}
+
+def _say(out:Path, about:dict, base:Checkpoint, folder:Path, outputs:Mapping, recipe:Mapping, **more)->dict:
+    "Heads, model card and fusion.json of an export."
+    m, left = METHODS[about['method']], about['left_out']
+    heads = [f for f in map(head_file, about['names']) if about['keep'] and (folder/f).exists()]
+    for f in heads: (out/f).parent.mkdir(exist_ok=True); shutil.copyfile(folder/f, out/f)
+    kept = {f: {k: ck.digest(k) for k in ck} for f in heads for ck in [open_checkpoint(folder/f)]}
+    where = ': those of the experts are in ' + ', '.join(f'`{f}`' for f in heads) if heads else ''
+    note = f'Task heads were not fused{where}.' * (about['heads'] == 'base')
+    note += f" Left out: {'; '.join(f'{_some(ks)} of {n}' for n, ks in left.items())}." if left else ''
+    model_card(out, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'], recipe,
+               note=note)
+    inputs = [dict(role='base', name=base.path.name, fingerprint=about['base']),
+              *(dict(role='expert', name=n, fingerprint=i) | (dict(left_out=left[n]) if n in left else {})
+                for n, i in zip(about['names'], about['ids']))]
+    return manifest(out, inputs, outputs, about['method'], about['params'], recipe, weights=about['weights'], seed=about['seed'],
+                    heads='keep' if about['keep'] else about['heads'], **dict(head_files=kept) if kept else {}, **more)
+
+# %% ../nbs/26_living.ipynb #7c40e9b3
+def _export_adapter(about:dict, base:Checkpoint, folder:Path, out:Path, r:int, advance:Callable)->dict: # the change as an adapter
+    delta, count = _merged(about, base, folder), tally(sum(base.meta[k].nbytes for k in _moved(about)), advance)
+    def deltas():
+        for k in _moved(about):
+            if (d := delta(k, base[k])) is not None: yield k, about['scale'] * d
+            count(base.meta[k].nbytes)
+    adapter, left = lora_adapter(deltas(), about['roles'], r, base)
+    write_adapter(out, adapter, base.name, base=base, overwrite=True) # `check_out` has allowed it
+    return _say(out, about, base, folder, _adapter_digests(out), _recipe(about, base, adapter_rank=r), adapter_rank=r,
+                lost=adapter.lost, left_out=left)
+
 def export_fusion(
     folder:str|os.PathLike,          # of the living fusion
     out:str|os.PathLike='fused',     # folder that shall appear
@@ -291,34 +337,25 @@ def export_fusion(
     threads:int=0,                   # side by side; 0: one per core
     overwrite:bool=False,            # replace an earlier output
     advance:Callable=lambda done, total: None, # told how many bytes of the base are done
+    adapter_rank:int|None=None,      # write a LoRA adapter of this rank for the base, in place of a model
 )->dict:                             # content of fusion.json
-    "The fused checkpoint of this moment."
+    "The fused checkpoint of this moment; `ValueError` for another base, an unknown `dtype`, or one with `adapter_rank`."
     about, folder = read_about(folder), Path(folder)
-    base, m = _base_of(about, base, folder), METHODS[about['method']]
+    base = _base_of(about, base, folder)
     if dtype is not None and dtype not in DTYPES: raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if adapter_rank is not None:
+        if adapter_rank < 1: raise ValueError(f"`adapter_rank` must be at least 1, got {adapter_rank}")
+        if dtype: raise ValueError(f"an adapter is written in float32, leave `dtype` out, got {dtype!r}")
+        return _export_adapter(about, base, folder, check_out(out, overwrite, [base.path, folder]), adapter_rank, advance)
     kind = lambda k: DTYPES[dtype] if dtype and base.meta[k].dtype.is_floating_point else base.meta[k].dtype
-    held, old, count = {}, open_checkpoint(folder/STATE) if about['names'] else {}, tally(base.nbytes, advance)
-    for key in old: held.setdefault(key.rpartition('|')[0], []).append(key)
+    delta, count = _merged(about, base, folder), tally(base.nbytes, advance)
     def write(k):
         b = base[k]
-        o = about['copies'].get(k, k) # what is tied moves with its owner
-        if o in held:
-            state = unpack_state({key: old[key] for key in held[o]})[o]
-            delta = state_delta(m, about['params'], o, state, b.to(compute_dtype(b)), about['roles'][o], about['seed'])
-            b = b.double().add_(about['scale'] * delta.double())
+        if (d := delta(k, b)) is not None: b = b.double().add_(about['scale'] * d.double())
         w.write(k, 0, fitted(b, kind(k), k).reshape(base.meta[k].shape or (1,))); w.finish(k); count(base.meta[k].nbytes)
     with ShardWriter(check_out(out, overwrite, [base.path, folder]), {k: (kind(k), x.shape) for k, x in base.meta.items()},
                      max_shard, overwrite) as w:
         run_all([(0, partial(write, k)) for k in base], threads)
         copy_side_files(base, w.part, DTYPES.get(dtype))
-        heads = [f for f in map(head_file, about['names']) if about['keep'] and (folder/f).exists()]
-        for f in heads: (w.part/f).parent.mkdir(exist_ok=True); shutil.copyfile(folder/f, w.part/f)
-        kept = {f: {k: ck.digest(k) for k in ck} for f in heads for ck in [open_checkpoint(folder/f)]}
-        where = ': those of the experts are in ' + ', '.join(f'`{f}`' for f in heads) if heads else ''
-        model_card(w.part, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'],
-                   note=f'Task heads were not fused{where}.' * (about['heads'] == 'base'))
-        inputs = [dict(role='base', name=base.path.name, fingerprint=about['base']),
-                  *(dict(role='expert', name=n, fingerprint=i) for n, i in zip(about['names'], about['ids']))]
-        return manifest(w.part, inputs, {k: w.digests[k] for k in w.plan}, about['method'], about['params'], None,
-                        weights=about['weights'], seed=about['seed'], heads='keep' if about['keep'] else about['heads'],
-                        **dict(head_files=kept) if kept else {}, dtype=dtype or 'base')
+        return _say(w.part, about, base, folder, {k: w.digests[k] for k in w.plan}, _recipe(about, base, out_dtype=dtype),
+                    dtype=dtype or 'base')

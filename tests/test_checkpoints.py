@@ -17,6 +17,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 import transformers
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -745,7 +746,7 @@ def test_tokens_of_all_experts(tmp_path, monkeypatch):
 # A living fusion
 
 @pytest.mark.parametrize('method', ['dora', 'opcm'])
-def test_add_and_export_give_what_fuse_gives(models, tmp_path, method):
+def test_add_and_export_give_what_fuse_gives(models, tmp_path, method, monkeypatch):
     folder, state, out = models('gpt2'), tmp_path/'state', tmp_path/'fused'
     code, _, err = call('add', state, folder/'expert1')
     assert (code, err) == (2, f'direction-fusion: {state} holds no fusion yet: the first expert needs `base`\n')
@@ -757,7 +758,21 @@ def test_add_and_export_give_what_fuse_gives(models, tmp_path, method):
     fuse_checkpoints(folder/'base', experts_of(folder), method, tmp_path/'at once')
     assert_close(read_all(out), read_all(tmp_path/'at once'), rtol=1e-5, atol=1e-6)
     load('gpt2', out)
-    verify(out)
+    assert verify(out) == len(read_all(out)) # every tensor has its digest
+    recipe = json.loads((out/'fusion.json').read_text())['recipe']
+    assert recipe == dict(method=method, base='base', experts=[f'expert{t}' for t in (1, 2, 3)],
+                          parameters=recipe['parameters'])
+    assert yaml.safe_load((out/'README.md').read_text().split('```')[1].removeprefix('yaml')) == recipe
+    monkeypatch.chdir(folder)
+    fuse_checkpoints(recipe['base'], recipe['experts'], recipe['method'], tmp_path/'from recipe', **recipe['parameters'])
+    assert_close(read_all(tmp_path/'from recipe'), read_all(out), rtol=1e-5, atol=1e-6)
+    assert call('export', state, '-o', tmp_path/'thin', '--adapter-rank', 3)[0] == 0
+    fuse_checkpoints(folder/'base', experts_of(folder), method, tmp_path/'thin too', adapter_rank=3)
+    thin, same = (open_expert(tmp_path/n, open_checkpoint(folder/'base')) for n in ('thin', 'thin too'))
+    assert_close(dict(thin), dict(same), rtol=1e-4, atol=1e-5)
+    made = json.loads((tmp_path/'thin'/'fusion.json').read_text())
+    assert made['recipe'] == recipe | dict(adapter_rank=3)
+    assert set(made['outputs']) == set(load_file(tmp_path/'thin'/'adapter_model.safetensors'))
     other = 'was made with a base of fingerprint'
     gone = 'is not in this fusion' if method == 'dora' else 'cannot take an expert out'
     for args, says in [(('add', state, folder/'expert1'), 'has been added already'),
