@@ -1803,4 +1803,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'direction_fusion/writing.py'),
                                           'direction_fusion.writing.shard_plans': ( 'writing.html#shard_plans',
                                                                                     'direction_fusion/writing.py'),
+                                          'direction_fusion.writing.take_back': ('writing.html#take_back', 'direction_fusion/writing.py'),
                                           'direction_fusion.writing.verify': ('writing.html#verify', 'direction_fusion/writing.py')}}}
