@@ -544,6 +544,41 @@ def test_fused_delta_as_an_adapter(models, tmp_path):
     for k in linear: assert_close(m[k], full[k], rtol=1e-3, atol=1e-4)
 
 
+def test_dora_adapters_on_the_command_line(models, tmp_path):
+    "Adapters of PEFT against a loop in float64 written from arXiv:2402.09353, eq. 5: as a model, as an adapter, of any rank."
+    base, paths, T = models('llama')/'base', [tmp_path/'a1', tmp_path/'a2'], []
+    W0 = {k: v.double() for k, v in read_all(base).items()}
+    for t, path in enumerate(paths):
+        torch.manual_seed(t)
+        config = LoraConfig(r=2, lora_alpha=3 + t, target_modules=['q_proj', 'down_proj'], init_lora_weights=False, use_dora=True)
+        peft = get_peft_model(load('llama', base).float(), config)
+        for k, p in peft.named_parameters():
+            if 'magnitude' in k: p.data *= 1 + .3 * torch.rand(p.shape) # lengths that are not those of the base
+        peft.save_pretrained(path)
+        parts, deltas = load_file(path/'adapter_model.safetensors'), {}
+        for k in (k for k in parts if k.endswith('.lora_A.weight')):
+            module = k.removesuffix('.lora_A.weight')
+            A, B, m = (parts[f'{module}.{x}'].double() for x in ('lora_A.weight', 'lora_B.weight', 'lora_magnitude_vector'))
+            w = module.removeprefix('base_model.model.') + '.weight'
+            V = W0[w] + (3 + t) / 2 * B @ A
+            deltas[w] = torch.stack([m[i] * V[i] / V[i].square().sum().sqrt() for i in range(len(m))]) - W0[w]
+        T.append(deltas)
+    want = {k: (T[0][k] + T[1][k]) / 2 for k in T[0]}
+    assert len(want) == 4
+    code, _, err = call('fuse', *paths, '-m', 'soft_soup', '-o', tmp_path/'no')
+    assert code == 2 and 'depends on the base' in err and '`direction-fusion fuse BASE ADAPTERS --adapter-rank R`' in err
+    args = 'fuse', base, *paths, '-m', 'soft_soup'
+    assert call(*args, '-o', tmp_path/'whole', '--dtype', 'float64')[0] == 0
+    for k, x in read_all(tmp_path/'whole').items(): assert_close(x, W0[k] + want.get(k, 0), rtol=0, atol=1e-12)
+    for r in (16, 3):
+        assert call(*args, '-o', tmp_path/f'rank {r}', '--adapter-rank', r)[0] == 0
+        peft = PeftModel.from_pretrained(load('llama', base).double(), tmp_path/f'rank {r}').double()
+        made = peft.merge_and_unload().state_dict()
+        for k, d in want.items():
+            U, S, Vh = torch.linalg.svd(d, full_matrices=False)
+            assert_close(made[k] - W0[k], U[:, :r] * S[:r] @ Vh[:r], rtol=0, atol=2e-6)
+
+
 def test_killed_between_two_renames(models, tmp_path):
     "An adapter that is being replaced: the next run finds the old one, whole, and replaces it."
     base, (one, two, _) = models('llama')/'base', experts_of(models('llama'))
