@@ -189,9 +189,16 @@ def fuse(
             if len(models) < 2 or any(m.endswith(('.yaml', '.yml')) for m in models):
                 raise ValueError("name the base and at least one expert, or one recipe file ending in .yaml, alone")
             done = fuse_checkpoints(models[0], models[1:], method, out, advance=advance, **given, **_params(param))
-    print(f"{out}: {len(done['outputs'])} parameters, fused by {done['method']}")
+    _done(out, done)
 
 # %% ../nbs/30_cli.ipynb #85bb7275
+def _done(out:str, done:dict)->None: # what was written, and what it needs to be loaded
+    print(f"{out}: {len(done['outputs'])} parameters, fused by {done['method']}")
+    folder = Path(out).expanduser()
+    if not any((folder/f).is_file() for f in ('config.json', 'adapter_config.json')):
+        print(f"note: the base has no config.json, so {out} has none, and AutoModel will not load it; put one beside its weights",
+              file=sys.stderr)
+
 def _fuse_adapters(models, method, out, given, param)->dict: # adapters alone, as the deltas that they stand for
     from direction_fusion.adapter_fusion import write_fused_adapter
     if odd := given.keys() - {'adapter_rank', 'weights', 'heads', 'seed', 'threads', 'overwrite'}:
@@ -269,7 +276,7 @@ def export(
     from direction_fusion.living import export_fusion
     with _bar('writing') as advance:
         done = export_fusion(state, out, base, dtype, max_shard, threads, overwrite, advance, adapter_rank)
-    print(f"{out}: {len(done['outputs'])} parameters, fused by {done['method']}")
+    _done(out, done)
 
 # %% ../nbs/30_cli.ipynb #cb22fb4a
 def main()->None:

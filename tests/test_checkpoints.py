@@ -297,6 +297,9 @@ def undisturbed(maps, tmp_path_factory):
     return of
 
 
+NO_CONFIG = 'note: the base has no config.json, so {} has none, and AutoModel will not load it; put one beside its weights\n'
+
+
 def files_in(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
@@ -351,7 +354,7 @@ def test_ctrl_c_says_how_to_go_on(maps, undisturbed, tmp_path):
         assert p.returncode == 130 and 'Traceback' not in said
         nothing_to_load(out)
     code, _, err = call('fuse', maps/'base', *experts_of(maps), '-o', out)
-    assert (code, err) == (0, '') and files_in(out) == undisturbed('dora')
+    assert (code, err) == (0, NO_CONFIG.format(out)) and files_in(out) == undisturbed('dora')
     assert 'the same command goes on' in said, said
 
 
@@ -384,6 +387,17 @@ def test_broken_off_by_any_error_goes_on(maps, undisturbed, tmp_path, monkeypatc
     nothing_to_load(out)
     fuse_checkpoints(maps/'base', experts_of(maps), method, out)
     assert files_in(out) == undisturbed(method)
+
+
+def test_a_base_without_configuration_is_told(maps, tmp_path):
+    "Once, on standard error, where the output is a model; and not where it is an adapter, or the base has one."
+    fused, alive, thin, whole = (tmp_path/n for n in ('fused', 'alive', 'thin', 'whole'))
+    assert call('fuse', maps/'base', maps/'expert1', '-o', fused)[2] == NO_CONFIG.format(fused)
+    assert call('add', tmp_path/'state', maps/'expert1', '--base', maps/'base')[2] == ''
+    assert call('export', tmp_path/'state', '-o', alive)[2] == NO_CONFIG.format(alive)
+    assert call('fuse', maps/'base', maps/'expert1', '-o', thin, '--adapter-rank', 2)[2] == ''
+    (fused/'config.json').write_text('{"model_type": "toy"}')
+    assert call('fuse', fused, maps/'expert2', '-o', whole)[2] == ''
 
 
 def test_another_request_starts_anew(maps, undisturbed, tmp_path):
