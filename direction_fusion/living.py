@@ -167,12 +167,12 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
     return new
 
 # %% ../nbs/26_living.ipynb #98725b97
-def _check_tokens(base:Checkpoint, expert:Checkpoint, given:str)->None: # that the expert's rows are those of the base's tokens
-    if match_tokens(base, [expert], 'base').same: return
+def _check_tokens(base:Checkpoint, expert:Checkpoint)->Checkpoint: # `expert`, if its rows are those of the base's tokens
+    if match_tokens(base, [expert], 'base').same: return expert
     heads = ' --heads fuse' * bool(head_parameters(expert))
-    raise ValueError(f"{given} has other tokens than the base, whose rows a living fusion keeps: fuse all experts at once with "
-                     "`direction-fusion fuse BASE EXPERTS --tokens union`, or add what this makes of it: `direction-fusion "
-                     f"fuse BASE {given} -m soft_soup --tokens base{heads} -o NEW`")
+    raise ValueError(f"{expert.name} has other tokens than the base, whose rows a living fusion keeps: fuse all experts at once "
+                     "with `direction-fusion fuse BASE EXPERTS --tokens union`, or add what this makes of it: `direction-fusion "
+                     f"fuse BASE {expert.name} -m soft_soup --tokens base{heads} -o NEW`")
 
 def _expert_of(about:dict, base:Checkpoint, expert)->Checkpoint: # whole, under the base's names
     e = match_names(base, open_expert(expert, base))
@@ -194,6 +194,7 @@ def _check_new(about:dict, base:Checkpoint, expert:Checkpoint, name:str)->str: #
     if (i := fingerprint(expert)) in about['ids']:
         same = about['names'][about['ids'].index(i)]
         raise ValueError(f"{name!r} holds the weights of {same!r}, which has been added already")
+    if about['heads'] == 'base' and (left := head_parameters(expert)): about['left_out'] = about['left_out'] | {name: left}
     return i
 
 # %% ../nbs/26_living.ipynb #21945c8c
@@ -228,15 +229,12 @@ def add_expert(
             base = without_heads(base) if heads == 'keep' else base
             about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
-        full = _expert_of(about, base, expert)
+        full = _check_tokens(base, _expert_of(about, base, expert))
         expert, name = without_heads(full) if about['keep'] else full, name or _called(full)
-        _check_tokens(base, full, full.name)
         if not math.isfinite(weight): raise ValueError(f"`weight` must be finite, got {weight}")
         if weight != 1 and not accepted(m, 'weight'):
             raise ValueError(f"{about['method']!r} does not weigh experts; leave `weight` at 1")
         i = _check_new(about, base, expert, name)
-        if about['heads'] == 'base' and not about['keep'] and (left := head_parameters(expert)):
-            about['left_out'] = about['left_out'] | {name: left}
         if about['keep']: split_heads(folder, [View(full, name=name)]) # first: of whom `names` does not list, none is exported
         return _change(about, base, expert, folder, None, (name, weight, i), threads, advance)
 
@@ -316,7 +314,7 @@ def _say(out:Path, about:dict, base:Checkpoint, folder:Path, outputs:Mapping, re
     return manifest(out, inputs, outputs, about['method'], about['params'], recipe, weights=about['weights'], seed=about['seed'],
                     heads='keep' if about['keep'] else about['heads'], **dict(head_files=kept) if kept else {}, **more)
 
-# %% ../nbs/26_living.ipynb #7c40e9b3
+# %% ../nbs/26_living.ipynb #1f8b64ac
 def _export_adapter(about:dict, base:Checkpoint, folder:Path, out:Path, r:int, advance:Callable)->dict: # the change as an adapter
     delta, count = _merged(about, base, folder), tally(sum(base.meta[k].nbytes for k in _moved(about)), advance)
     def deltas():
@@ -328,6 +326,7 @@ def _export_adapter(about:dict, base:Checkpoint, folder:Path, out:Path, r:int, a
     return _say(out, about, base, folder, _adapter_digests(out), _recipe(about, base, adapter_rank=r), adapter_rank=r,
                 lost=adapter.lost, left_out=left)
 
+# %% ../nbs/26_living.ipynb #7c40e9b3
 def export_fusion(
     folder:str|os.PathLike,          # of the living fusion
     out:str|os.PathLike='fused',     # folder that shall appear

@@ -176,7 +176,7 @@ class Recipe:
     max_shard:str|int|None=None     # of the files written; None: as the caller decides
     adapter_rank:int|None=None      # the result as an adapter of this rank
     layers:int|None=None            # number of layers that the recipe is for; None: any
-    labels:str|None=None            # of heads that are fused: 'agree', 'base', 'union' or 'intersection'; None: as the caller decides
+    labels:str|None=None            # of heads that are fused: agree, base, union, intersection; None: as the caller decides
     format:str=field(default='own', compare=False)          # 'own' or 'mergekit'
     unused:tuple[str, ...]=field(default=(), compare=False) # parameters of mergekit's file that change nothing there either
 

@@ -565,7 +565,7 @@ def _note(request, heads, labels)->str: # for the model card: what became of hea
 def _inputs(request, threads, labels)->list[dict]: # for fusion.json; `labels`: what the fused head lacks, base first, or nothing
     return [i | (dict(labels_left_out=ls) if ls else {}) for i, ls in zip_longest(input_digests(request, threads), labels)]
 
-def _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance, labels=())->dict: # stream to a folder
+def _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance, labels=())->dict: # to a folder
     count = tally(sum(request.base.meta[k].nbytes for k in request.moving), advance)
     with ShardWriter(out, request.plan(), max_shard, overwrite, request_key(request)) as w:
         watched = replace(request, base=witnessed(request.base), experts=tuple(map(witnessed, request.experts)))
