@@ -726,6 +726,7 @@ def test_a_pooler_goes_with_its_head(headed, tmp_path, base):
                 state = {k.removeprefix('bert.'): v for k, v in model.state_dict().items()}
                 assert_close({k: state[k] for k in plain(n)}, want | {k: v for k, v in plain(n).items() if k.startswith(top)})
     assert call('remove', tmp_path/'state base', headed/'labels3')[2] == ''
+    assert 'would refuse' not in call('inspect', headed/base, *(headed/n for n in experts), '-m', 'soft_soup')[1]
 
 
 def test_heads_that_cannot_be_told_apart(headed, tmp_path):
