@@ -181,7 +181,8 @@ def _by_name(adapters:Sequence[Adapter], base:Checkpoint|None)->tuple[list, list
         if len(known) > 1: raise ValueError(f"the adapters were made for {', '.join(sorted(known))}; pass `base` if they fit one")
         for a in adapters:
             if k := next((k for k, f in a.factors.items() if f.magnitude is not None), next(iter(a.values | a.shifts), None)):
-                raise ValueError(f"{a.name}: what {k!r} adds depends on the base; pass `base`")
+                raise ValueError(f"{a.name}: what {k!r} adds depends on the base; pass `base`, on the command line "
+                                 "as the first model: `direction-fusion fuse BASE ADAPTERS --adapter-rank R`")
         return [a.factors for a in adapters], [{} for _ in adapters], {}
     bound, names = [bind_adapter(a, base) for a in adapters], {}
     for a, (fs, vs, ss) in zip(adapters, bound):

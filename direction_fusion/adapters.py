@@ -23,7 +23,7 @@ from torch import Tensor
 from .checkpoints import Checkpoint, Meta, View, locate, open_checkpoint, raw, read_json
 from .core import _VOCABULARY, is_fusable, named_roles, tied_names
 from .geometry import thin_svd
-from .writing import save_tensors
+from .writing import save_tensors, take_back
 
 # %% ../nbs/22_adapters.ipynb #1d16796f
 class Factors(NamedTuple):
@@ -412,6 +412,7 @@ def write_adapter(
     if k := next((k for k in adapter.factors if not k.endswith('.weight')), None):
         raise ValueError(f"{adapter.name}: {k!r} is no weight of a module of its own; PEFT has no name for it")
     if adapter.shifts and base is None: raise ValueError(f"{adapter.name} shifts biases; pass `base` to write what they become")
+    take_back(out)
     if os.path.lexists(out) and not overwrite:
         raise ValueError(f"{out} exists already; choose another folder or pass overwrite=True")
     tensors, whole = _tensors(adapter, base)

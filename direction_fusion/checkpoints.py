@@ -318,6 +318,10 @@ class View(Checkpoint):
     def rows(self, k:str, i:int, j:int)->Tensor:
         return self.inner.rows(self.names[k], i, j) if self._plain else super().rows(k, i, j)
     def digest(self, k:str)->str: return self.inner.digest(self.names[k]) if self._plain else super().digest(k)
+    @functools.cached_property
+    def roles(self)->dict[str, str]: # what is part of the head of `inner` is here as well
+        inner = self.inner.roles
+        return named_roles(self.meta) | {k: 'head' for k, v in self.names.items() if inner.get(v) == 'head' and k in self.meta}
     @property
     def files(self)->list[Path]: return [*self.inner.files, *self._more]
 

@@ -166,7 +166,7 @@ def fuse(
     role:Annotated[list[str]|None, typer.Option(help="e.g. '*.ln_f.weight=norm'; may be repeated")]=None,
     heads:Annotated[str|None, typer.Option(help='task heads: refuse, base, fuse or keep')]=None,
     tokens:Annotated[str|None, typer.Option(help='tokens that not all models know: base, union or intersection')]=None,
-    labels:Annotated[str|None, typer.Option(help='of heads that are fused: agree or union')]=None,
+    labels:Annotated[str|None, typer.Option(help='of heads that are fused: agree, base, union or intersection')]=None,
     dtype:Annotated[str|None, typer.Option(help="of the output; the base's unless said")]=None,
     adapter_rank:Annotated[int|None, typer.Option(min=1, help='write a LoRA adapter of this rank in place of a model')]=None,
     max_shard:Annotated[str|None, typer.Option(help='most bytes in a file, 5GB unless said')]=None,
@@ -189,9 +189,16 @@ def fuse(
             if len(models) < 2 or any(m.endswith(('.yaml', '.yml')) for m in models):
                 raise ValueError("name the base and at least one expert, or one recipe file ending in .yaml, alone")
             done = fuse_checkpoints(models[0], models[1:], method, out, advance=advance, **given, **_params(param))
-    print(f"{out}: {len(done['outputs'])} parameters, fused by {done['method']}")
+    _done(out, done)
 
 # %% ../nbs/30_cli.ipynb #85bb7275
+def _done(out:str, done:dict)->None: # what was written, and what it needs to be loaded
+    print(f"{out}: {len(done['outputs'])} parameters, fused by {done['method']}")
+    folder = Path(out).expanduser()
+    if not any((folder/f).is_file() for f in ('config.json', 'adapter_config.json')):
+        print(f"note: the base has no config.json, so {out} has none, and AutoModel will not load it; put one beside its weights",
+              file=sys.stderr)
+
 def _fuse_adapters(models, method, out, given, param)->dict: # adapters alone, as the deltas that they stand for
     from direction_fusion.adapter_fusion import write_fused_adapter
     if odd := given.keys() - {'adapter_rank', 'weights', 'heads', 'seed', 'threads', 'overwrite'}:
@@ -261,13 +268,15 @@ def export(
     base:Annotated[str|None, typer.Option(help='where it has moved')]=None,
     dtype:Annotated[str|None, typer.Option(help="of the output; the base's unless said")]=None,
     max_shard:Annotated[str, typer.Option(help='most bytes in a file')]='5GB',
+    adapter_rank:Annotated[int|None, typer.Option(min=1, help='write a LoRA adapter of this rank in place of a model')]=None,
     threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
     overwrite:Annotated[bool, typer.Option(help='replace an earlier output')]=False,
 ):
     "Write the checkpoint that a living fusion stands for."
     from direction_fusion.living import export_fusion
-    with _bar('writing') as advance: done = export_fusion(state, out, base, dtype, max_shard, threads, overwrite, advance)
-    print(f"{out}: {len(done['outputs'])} parameters, fused by {done['method']}")
+    with _bar('writing') as advance:
+        done = export_fusion(state, out, base, dtype, max_shard, threads, overwrite, advance, adapter_rank)
+    _done(out, done)
 
 # %% ../nbs/30_cli.ipynb #cb22fb4a
 def main()->None:

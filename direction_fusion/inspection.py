@@ -30,7 +30,7 @@ from .geometry import _sti, thin_svd
 from .methods import Method
 from .request import CHUNK, Request, make_request, n_cores, one_thread, read_deltas, row_ranges, run_all
 from .streaming import chunked
-from .vocabulary import head_parameters
+from .vocabulary import head_parameters, pooler_with_head
 
 # %% ../nbs/27_inspect.ipynb #e6c702cb
 def group_of(k:str)->str: # the name without its numbers
@@ -388,6 +388,7 @@ def _look_at_maps(base, experts, ks, roles, trial, budget, seed)->list[dict]: # 
 
 def _try_request(base, experts, method, params, roles, warnings)->tuple: # (name, method, its parameters, request or None)
     name, m, full = resolve_method(method, params)
+    experts = [pooler_with_head(base, e) for e in experts] # as `fuse` does where heads are not fused
     try: return name, m, full, make_request(base, experts, method, roles=roles, heads='base', **params)
     except (ValueError, OSError) as e:
         warnings.append(f"{name} would refuse: {e}")

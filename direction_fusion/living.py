@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from .adapters import open_expert
+from .adapters import lora_adapter, open_expert, write_adapter
 from .checkpoints import Checkpoint, View, _is_kept, check_checkpoints, match_names, open_checkpoint, raw
 from .core import _some, atomic_path, compute_dtype, fingerprint
 from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, step_state, unpack_state
 from .methods import METHODS, accepted
 from .request import DTYPES, n_cores, one_thread, read_deltas, run_all, shared_names, tally
-from .streaming import fitted
-from .vocabulary import head_file, split_heads, without_heads
+from .streaming import _adapter_digests, fitted
+from .vocabulary import head_file, head_parameters, match_tokens, pooler_with_head, split_heads, without_heads
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 
 # %% ../nbs/26_living.ipynb #882cb7a7
@@ -101,7 +101,7 @@ def read_about(
         with safe_open(path, 'pt') as f: about = json.loads((f.metadata() or {}).get('direction_fusion', '{}'))
     except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}); restore it, or fold the experts again") from None
     if about.get('format') != 2: raise ValueError(f"{path} holds no fusion state of format 2; fold the experts again")
-    return dict(copies={}, source=None, keep=False) | about
+    return dict(copies={}, source=None, keep=False, left_out={}) | about
 
 def _base_of(about:dict, base, folder)->Checkpoint: # the base of a living fusion, or an error
     if not (base or about['source']): raise ValueError(f"{folder} does not say where its base lies: pass `base`")
@@ -167,6 +167,17 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
     return new
 
 # %% ../nbs/26_living.ipynb #98725b97
+def _check_tokens(base:Checkpoint, expert:Checkpoint)->Checkpoint: # `expert`, if its rows are those of the base's tokens
+    if match_tokens(base, [expert], 'base').same: return expert
+    heads = ' --heads fuse' * bool(head_parameters(expert))
+    raise ValueError(f"{expert.name} has other tokens than the base, whose rows a living fusion keeps: fuse all experts at once "
+                     "with `direction-fusion fuse BASE EXPERTS --tokens union`, or add what this makes of it: `direction-fusion "
+                     f"fuse BASE {expert.name} -m soft_soup --tokens base{heads} -o NEW`")
+
+def _expert_of(about:dict, base:Checkpoint, expert)->Checkpoint: # whole, under the base's names
+    e = match_names(base, open_expert(expert, base))
+    return pooler_with_head(base, e, about['keep']) if about['heads'] == 'base' else e
+
 def _check_new(about:dict, base:Checkpoint, expert:Checkpoint, name:str)->str: # fingerprint of an expert that may join
     if name in about['names']: raise ValueError(f"{name!r} has been added already; experts: {', '.join(about['names'])}")
     if about['keep'] and (same := [n for n in about['names'] if head_file(n) == head_file(name)]):
@@ -183,6 +194,7 @@ def _check_new(about:dict, base:Checkpoint, expert:Checkpoint, name:str)->str: #
     if (i := fingerprint(expert)) in about['ids']:
         same = about['names'][about['ids'].index(i)]
         raise ValueError(f"{name!r} holds the weights of {same!r}, which has been added already")
+    if about['heads'] == 'base' and (left := head_parameters(expert)): about['left_out'] = about['left_out'] | {name: left}
     return i
 
 # %% ../nbs/26_living.ipynb #21945c8c
@@ -217,7 +229,7 @@ def add_expert(
             base = without_heads(base) if heads == 'keep' else base
             about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
-        full = match_names(base, open_expert(expert, base))
+        full = _check_tokens(base, _expert_of(about, base, expert))
         expert, name = without_heads(full) if about['keep'] else full, name or _called(full)
         if not math.isfinite(weight): raise ValueError(f"`weight` must be finite, got {weight}")
         if weight != 1 and not accepted(m, 'weight'):
@@ -235,7 +247,7 @@ def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mappi
     keep, heads, roles = heads == 'keep', 'base' if heads == 'keep' else heads, roles_of(base.meta, roles)
     moving(roles, heads)
     return dict(format=2, method=name, params=params, seed=seed, heads=heads, keep=keep, roles=roles, base=fingerprint(base),
-                source=str(base.path.resolve()), copies={}, names=[], weights=[], ids=[], norms=[], scale=1.)
+                source=str(base.path.resolve()), copies={}, names=[], weights=[], ids=[], norms=[], left_out={}, scale=1.)
 
 # %% ../nbs/26_living.ipynb #6363f6b8
 def remove_expert(
@@ -254,7 +266,7 @@ def remove_expert(
             raise ValueError(f"{about['method']!r} cannot take an expert out; methods that can: "
                              f"{', '.join(n for n, m in METHODS.items() if m.remove)}")
         base = _base_of(about, base, folder)
-        expert = match_names(base, open_expert(expert, base))
+        expert = _expert_of(about, base, expert)
         expert, name = without_heads(expert) if about['keep'] else expert, name or _called(expert)
         if name not in about['names']:
             raise ValueError(f"{name!r} is not in this fusion; experts: {', '.join(about['names']) or 'none'}")
@@ -262,11 +274,59 @@ def remove_expert(
         if (got := fingerprint(expert)) != about['ids'][i]:
             raise ValueError(f"{name!r} was added with fingerprint {about['ids'][i]}, got another model, {got}; "
                              "pass the one that was added")
+        about['left_out'] = {n: ks for n, ks in about['left_out'].items() if n != name}
         done = _change(about, base, expert, folder, i, (), threads, advance)
         if about['keep']: (folder/head_file(name)).unlink(missing_ok=True)
         return done
 
 # %% ../nbs/26_living.ipynb #11caec45
+def _merged(about:dict, base:Checkpoint, folder:Path)->Callable: # (k, b): its delta before the scale; None where nothing moves it
+    m, held, old = METHODS[about['method']], {}, open_checkpoint(folder/STATE) if about['names'] else {}
+    for key in old: held.setdefault(key.rpartition('|')[0], []).append(key)
+    def delta(k, b):
+        o = about['copies'].get(k, k) # what is tied moves with its owner
+        if o not in held: return None
+        state = unpack_state({key: old[key] for key in held[o]})[o]
+        return state_delta(m, about['params'], o, state, b.to(compute_dtype(b)), about['roles'][o], about['seed'])
+    return delta
+
+def _recipe(about:dict, base:Checkpoint, **more)->dict: # what `fuse` would be given to come to the same
+    rows = [n if w == 1 else dict(model=n, weight=w) for n, w in zip(about['names'], about['weights'])]
+    heads = 'keep' if about['keep'] else about['heads']
+    more = dict(heads=None if heads == 'refuse' else heads, seed=about['seed'] or None) | more
+    return dict(method=about['method'], base=_called(base), experts=rows, parameters=about['params']) | {
+        k: v for k, v in more.items() if v is not None}
+
+def _say(out:Path, about:dict, base:Checkpoint, folder:Path, outputs:Mapping, recipe:Mapping, **more)->dict:
+    "Heads, model card and fusion.json of an export."
+    m, left = METHODS[about['method']], about['left_out']
+    heads = [f for f in map(head_file, about['names']) if about['keep'] and (folder/f).exists()]
+    for f in heads: (out/f).parent.mkdir(exist_ok=True); shutil.copyfile(folder/f, out/f)
+    kept = {f: {k: ck.digest(k) for k in ck} for f in heads for ck in [open_checkpoint(folder/f)]}
+    where = ': those of the experts are in ' + ', '.join(f'`{f}`' for f in heads) if heads else ''
+    note = f'Task heads were not fused{where}.' * (about['heads'] == 'base')
+    note += f" Left out: {'; '.join(f'{_some(ks)} of {n}' for n, ks in left.items())}." if left else ''
+    model_card(out, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'], recipe,
+               note=note)
+    inputs = [dict(role='base', name=base.path.name, fingerprint=about['base']),
+              *(dict(role='expert', name=n, fingerprint=i) | (dict(left_out=left[n]) if n in left else {})
+                for n, i in zip(about['names'], about['ids']))]
+    return manifest(out, inputs, outputs, about['method'], about['params'], recipe, weights=about['weights'], seed=about['seed'],
+                    heads='keep' if about['keep'] else about['heads'], **dict(head_files=kept) if kept else {}, **more)
+
+# %% ../nbs/26_living.ipynb #1f8b64ac
+def _export_adapter(about:dict, base:Checkpoint, folder:Path, out:Path, r:int, advance:Callable)->dict: # the change as an adapter
+    delta, count = _merged(about, base, folder), tally(sum(base.meta[k].nbytes for k in _moved(about)), advance)
+    def deltas():
+        for k in _moved(about):
+            if (d := delta(k, base[k])) is not None: yield k, about['scale'] * d
+            count(base.meta[k].nbytes)
+    adapter, left = lora_adapter(deltas(), about['roles'], r, base)
+    write_adapter(out, adapter, base.name, base=base, overwrite=True) # `check_out` has allowed it
+    return _say(out, about, base, folder, _adapter_digests(out), _recipe(about, base, adapter_rank=r), adapter_rank=r,
+                lost=adapter.lost, left_out=left)
+
+# %% ../nbs/26_living.ipynb #7c40e9b3
 def export_fusion(
     folder:str|os.PathLike,          # of the living fusion
     out:str|os.PathLike='fused',     # folder that shall appear
@@ -276,34 +336,25 @@ def export_fusion(
     threads:int=0,                   # side by side; 0: one per core
     overwrite:bool=False,            # replace an earlier output
     advance:Callable=lambda done, total: None, # told how many bytes of the base are done
+    adapter_rank:int|None=None,      # write a LoRA adapter of this rank for the base, in place of a model
 )->dict:                             # content of fusion.json
-    "The fused checkpoint of this moment."
+    "The fused checkpoint of this moment; `ValueError` for another base, an unknown `dtype`, or one with `adapter_rank`."
     about, folder = read_about(folder), Path(folder)
-    base, m = _base_of(about, base, folder), METHODS[about['method']]
+    base = _base_of(about, base, folder)
     if dtype is not None and dtype not in DTYPES: raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if adapter_rank is not None:
+        if adapter_rank < 1: raise ValueError(f"`adapter_rank` must be at least 1, got {adapter_rank}")
+        if dtype: raise ValueError(f"an adapter is written in float32, leave `dtype` out, got {dtype!r}")
+        return _export_adapter(about, base, folder, check_out(out, overwrite, [base.path, folder]), adapter_rank, advance)
     kind = lambda k: DTYPES[dtype] if dtype and base.meta[k].dtype.is_floating_point else base.meta[k].dtype
-    held, old, count = {}, open_checkpoint(folder/STATE) if about['names'] else {}, tally(base.nbytes, advance)
-    for key in old: held.setdefault(key.rpartition('|')[0], []).append(key)
+    delta, count = _merged(about, base, folder), tally(base.nbytes, advance)
     def write(k):
         b = base[k]
-        o = about['copies'].get(k, k) # what is tied moves with its owner
-        if o in held:
-            state = unpack_state({key: old[key] for key in held[o]})[o]
-            delta = state_delta(m, about['params'], o, state, b.to(compute_dtype(b)), about['roles'][o], about['seed'])
-            b = b.double().add_(about['scale'] * delta.double())
+        if (d := delta(k, b)) is not None: b = b.double().add_(about['scale'] * d.double())
         w.write(k, 0, fitted(b, kind(k), k).reshape(base.meta[k].shape or (1,))); w.finish(k); count(base.meta[k].nbytes)
     with ShardWriter(check_out(out, overwrite, [base.path, folder]), {k: (kind(k), x.shape) for k, x in base.meta.items()},
                      max_shard, overwrite) as w:
         run_all([(0, partial(write, k)) for k in base], threads)
         copy_side_files(base, w.part, DTYPES.get(dtype))
-        heads = [f for f in map(head_file, about['names']) if about['keep'] and (folder/f).exists()]
-        for f in heads: (w.part/f).parent.mkdir(exist_ok=True); shutil.copyfile(folder/f, w.part/f)
-        kept = {f: {k: ck.digest(k) for k in ck} for f in heads for ck in [open_checkpoint(folder/f)]}
-        where = ': those of the experts are in ' + ', '.join(f'`{f}`' for f in heads) if heads else ''
-        model_card(w.part, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'],
-                   note=f'Task heads were not fused{where}.' * (about['heads'] == 'base'))
-        inputs = [dict(role='base', name=base.path.name, fingerprint=about['base']),
-                  *(dict(role='expert', name=n, fingerprint=i) for n, i in zip(about['names'], about['ids']))]
-        return manifest(w.part, inputs, {k: w.digests[k] for k in w.plan}, about['method'], about['params'], None,
-                        weights=about['weights'], seed=about['seed'], heads='keep' if about['keep'] else about['heads'],
-                        **dict(head_files=kept) if kept else {}, dtype=dtype or 'base')
+        return _say(w.part, about, base, folder, {k: w.digests[k] for k in w.plan}, _recipe(about, base, out_dtype=dtype),
+                    dtype=dtype or 'base')

@@ -176,7 +176,7 @@ class Recipe:
     max_shard:str|int|None=None     # of the files written; None: as the caller decides
     adapter_rank:int|None=None      # the result as an adapter of this rank
     layers:int|None=None            # number of layers that the recipe is for; None: any
-    labels:str|None=None            # of heads that are fused: 'agree' or 'union'; None: as the caller decides
+    labels:str|None=None            # of heads that are fused: agree, base, union, intersection; None: as the caller decides
     format:str=field(default='own', compare=False)          # 'own' or 'mergekit'
     unused:tuple[str, ...]=field(default=(), compare=False) # parameters of mergekit's file that change nothing there either
 
@@ -270,7 +270,8 @@ def _options(r:Mapping)->dict: # what both forms have in common
     for n, low in [('seed', 0), ('adapter_rank', 1), ('layers', 1)]:
         if (v := r.get(n)) is not None and (not isinstance(v, int) or isinstance(v, bool) or v < low):
             raise ValueError(f"`{n}` must be a whole number from {low} on, got {v!r}")
-    if r.get('labels') not in (None, 'agree', 'union'): raise ValueError(f"`labels` must be agree or union, got {r['labels']!r}")
+    if r.get('labels') not in (None, 'agree', 'base', 'union', 'intersection'):
+        raise ValueError(f"`labels` must be agree, base, union or intersection, got {r['labels']!r}")
     size = r.get('max_shard')
     if size is not None and not re.fullmatch(r'[1-9]\d*(\.\d+)? ?([KMGT]i?)?B?', str(size)):
         raise ValueError(f"`max_shard` must be a size such as 5GB, got {size!r}")

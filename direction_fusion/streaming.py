@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 import torch
 from safetensors import safe_open
@@ -36,7 +36,7 @@ from .request import (CHUNK, DTYPES, Cast, Request, ZeroBase, check_finite, make
 from .soup import gram_scan
 from .sparse import ties, ties_scan, ties_survey
 from .vocabulary import (LABEL_MODES, MODES, RowMatch, align_labels, align_tokens, head_files, head_parameters,
-                                         split_heads, without_heads, write_tokenizer)
+                                         match_labels, pooler_with_head, split_heads, without_heads, write_tokenizer)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card, overflowed, round_to
 
 # %% ../nbs/25_streaming.ipynb #fd087479
@@ -517,7 +517,7 @@ def fuse_checkpoints(
     roles:Mapping[str, str]|None=None,  # parameter or pattern → role, where it differs from what names and shapes tell
     heads:str='refuse',                 # task heads: 'refuse', 'base', 'fuse' or 'keep'
     tokens:str='agree',                 # tokens that not all know: 'agree' (there are none), 'base', 'union' or 'intersection'
-    labels:str='agree',                 # of heads that are fused: 'agree' (all have the same) or 'union'
+    labels:str='agree',                 # of heads that are fused: 'agree' (all have the same), 'base', 'union' or 'intersection'
     seed:int=0,                         # of methods that draw
     dtype:str|None=None,                # of the output; None: as in the base
     read_dtype:str|None=None,           # read all models in this dtype; None: as they are
@@ -532,17 +532,19 @@ def fuse_checkpoints(
 )->dict:                                # content of fusion.json
     "Fuse checkpoints on disk into a checkpoint on disk."
     base, opened = open_models(base, experts, names, read_dtype)
+    if base is not None and heads in ('base', 'keep'): opened = [pooler_with_head(base, e, heads == 'keep') for e in opened]
     folders = [m.path for m in (base, *opened) if m is not None]
     out = check_out(out, overwrite, folders)
-    base, arranged, match = arrange(base, opened, heads, tokens, labels)
+    whole, (base, arranged, match) = base, arrange(base, opened, heads, tokens, labels)
     if heads == 'fuse' and not any(map(head_parameters, arranged)): heads = 'base' # nothing to fuse it with
+    gone = match_labels(whole, opened, labels).left_out if heads == 'fuse' and whole is not None else []
     values = plan(list(base or arranged[0])) if plan else None
     request = make_request(base, arranged, method, weights, roles, 'base' if heads == 'keep' else heads, seed, dtype,
                            values.__getitem__ if values else None, **params)
     recipe = recipe or _as_recipe(request, base, opened, heads=heads, tokenizer=tokens, labels=labels, seed=seed,
                                   dtype=read_dtype, out_dtype=dtype, adapter_rank=adapter_rank)
-    if adapter_rank is not None: return _write_adapter(request, out, adapter_rank, threads, recipe, advance)
-    return _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance)
+    if adapter_rank is not None: return _write_adapter(request, out, adapter_rank, threads, recipe, advance, gone)
+    return _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance, gone)
 
 # %% ../nbs/25_streaming.ipynb #74256f4b
 _PLAIN = dict(heads='refuse', tokenizer='agree', labels='agree', seed=0) # what a recipe need not say
@@ -552,25 +554,31 @@ def _as_recipe(request, base, opened, **more)->dict: # the request as a recipe o
     return dict(method=request.name, base=base and base.name, experts=rows, parameters=request.params) | {
         k: v for k, v in more.items() if v not in (None, _PLAIN.get(k))}
 
-def _note(request, heads)->str: # for the model card: what became of heads
+def _note(request, heads, labels)->str: # for the model card: what became of heads, and of labels
+    models = request.base, *request.experts
+    if cut := [f"{', '.join(ls)} of {Path(m.name).name}" for m, ls in zip(models, labels) if ls]:
+        return f"Labels that the fused head lacks: {'; '.join(cut)}."
     left = [f'{_some(ks)} of {Path(e.name).name}' for e, ks in zip(request.experts, left_out(request)) if ks]
     if heads: return f"Task heads were not fused: those of the experts are in {', '.join(f'`{f}`' for f in heads)}."
     return f"Not fused: {'; '.join(left)}." if left else ''
 
-def _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance)->dict: # stream to a folder
+def _inputs(request, threads, labels)->list[dict]: # for fusion.json; `labels`: what the fused head lacks, base first, or nothing
+    return [i | (dict(labels_left_out=ls) if ls else {}) for i, ls in zip_longest(input_digests(request, threads), labels)]
+
+def _write_out(request, opened, out, max_shard, overwrite, threads, heads, match, recipe, advance, labels=())->dict: # to a folder
     count = tally(sum(request.base.meta[k].nbytes for k in request.moving), advance)
     with ShardWriter(out, request.plan(), max_shard, overwrite, request_key(request)) as w:
         watched = replace(request, base=witnessed(request.base), experts=tuple(map(witnessed, request.experts)))
         count(sum(request.base.meta[k].nbytes for k in request.moving if k in w.done))
         stream(watched, w.write, w.finish, tuple(w.done), threads, count, out.parent)
-        inputs = input_digests(watched, threads)
+        inputs = _inputs(watched, threads, labels)
         copy_side_files(request.base, w.part, request.dtype)
         if match and not match.same: write_tokenizer(w.part, request.base, request.experts, match)
         files = list(split_heads(w.part, opened).values()) if heads == 'keep' else []
         kept = {f.relative_to(w.part).as_posix(): {k: ck.digest(k) for k in ck} for f in files for ck in [open_checkpoint(f)]}
         m, shown = request.method, {'by': 'parameter'} if request.at else request.params
         model_card(w.part, Path(request.base.name).name, [Path(e.name).name for e in request.experts],
-                   dict(title=m.title, cite=m.cite, variant=m.variant), shown, recipe, note=_note(request, kept))
+                   dict(title=m.title, cite=m.cite, variant=m.variant), shown, recipe, note=_note(request, kept, labels))
         return manifest(w.part, inputs, {k: w.digests[k] for k in w.plan}, request.name, shown, recipe,
                         weights=list(request.weights), seed=request.seed, heads=heads, **dict(head_files=kept) if kept else {},
                         dtype=str(request.dtype or 'base').removeprefix('torch.'))
@@ -593,15 +601,16 @@ def merged_deltas(
         yield k, scale * spill.load(k, 0, shape or (1,)).reshape(shape) if spill else delta_whole(request, k, survey)[0]
         advance(request.base.meta[k].nbytes)
 
-def _write_adapter(request, out, r, threads, recipe, advance)->dict: # the merged task vector as an adapter
+def _write_adapter(request, out, r, threads, recipe, advance, labels=())->dict: # the merged task vector as an adapter
     if r < 1: raise ValueError(f"`adapter_rank` must be at least 1, got {r}")
     count = tally(sum(request.base.meta[k].nbytes for k in request.moving), advance)
     adapter, left = lora_adapter(merged_deltas(request, out.parent, count), request.roles, r, request.base)
     write_adapter(out, adapter, request.base.name, base=request.base, overwrite=True) # `check_out` has allowed it
     m, made = request.method, _adapter_digests(out)
     model_card(out, Path(request.base.name).name, [Path(e.name).name for e in request.experts],
-               dict(title=m.title, cite=m.cite, variant=m.variant), request.params, recipe)
-    return manifest(out, input_digests(request, threads), made, request.name, request.params, recipe,
+               dict(title=m.title, cite=m.cite, variant=m.variant), request.params, recipe, note=_note(request, (), labels))
+    inputs = _inputs(request, threads, labels)
+    return manifest(out, inputs, made, request.name, request.params, recipe,
                     weights=list(request.weights), seed=request.seed, adapter_rank=r, lost=adapter.lost, left_out=left)
 
 def _adapter_digests(folder)->dict[str, str]: # digests of what an adapter folder holds

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODES', 'TOKENIZER_FILES', 'LABEL_MODES', 'RowMatch', 'match_rows', 'Tokenizer', 'read_tokenizer', 'vocabulary',
            'token_parameters', 'match_tokens', 'Gathered', 'token_config', 'align_tokens', 'write_tokenizer',
-           'head_parameters', 'without_heads', 'label_names', 'head_file', 'head_files', 'split_heads', 'read_head',
-           'attach_head', 'match_labels', 'align_labels']
+           'head_parameters', 'without_heads', 'label_names', 'pooler_with_head', 'head_file', 'head_files',
+           'split_heads', 'read_head', 'attach_head', 'match_labels', 'align_labels']
 
 # %% ../nbs/24_vocabulary.ipynb #8d7b8647
 import filecmp
@@ -214,6 +214,21 @@ def _check_kinds(base:Tokenizer, e:Tokenizer, label:str, mode:str)->None: # that
         raise ValueError(f"{label} lacks {_some(odd)}, regular tokens of the base, which `intersection` cannot take out; "
                          "use mode='base' or 'union'")
 
+def _check_match(match:RowMatch, models, sizes, own:Tokenizer)->RowMatch: # `match`, if it can be carried out
+    base = models[0]
+    for m, size in zip(models, sizes):
+        if other := {k: n for k, n in _tables(m).items() if n != size}:
+            raise ValueError(f"{m.name}: {_some(other)} has {next(iter(other.values()))} rows, but the vocabulary {size}; "
+                             "its rows cannot be matched by token, use experts with the base's tokens")
+    if match.maps[0] is None: return match
+    if not (base.path/'tokenizer.json').is_file():
+        raise ValueError(f"{base.name}: {match.mode!r} changes its tokens, which needs a tokenizer.json; {_SAVE}, "
+                         "or use mode='base'")
+    if rowless := [t for t, i in own.ids.items() if i >= sizes[0]]:
+        raise ValueError(f"{base.name} has no row for {_some(rowless)}, so {match.mode!r} cannot number its tokens; "
+                         "resize its token table, or use mode='base'")
+    return match
+
 # %% ../nbs/24_vocabulary.ipynb #3b09fa81
 def match_tokens(
     base:Checkpoint,               # base model
@@ -241,22 +256,6 @@ def match_tokens(
     match = match_rows(with_row, sizes, mode, [m.name for m in models])
     if match.same: return match
     return _check_match(match, models, sizes, toks[0])
-
-# %% ../nbs/24_vocabulary.ipynb #aae7c93a
-def _check_match(match:RowMatch, models, sizes, own:Tokenizer)->RowMatch: # `match`, if it can be carried out
-    base = models[0]
-    for m, size in zip(models, sizes):
-        if other := {k: n for k, n in _tables(m).items() if n != size}:
-            raise ValueError(f"{m.name}: {_some(other)} has {next(iter(other.values()))} rows, but the vocabulary {size}; "
-                             "its rows cannot be matched by token, use experts with the base's tokens")
-    if match.maps[0] is None: return match
-    if not (base.path/'tokenizer.json').is_file():
-        raise ValueError(f"{base.name}: {match.mode!r} changes its tokens, which needs a tokenizer.json; {_SAVE}, "
-                         "or use mode='base'")
-    if rowless := [t for t, i in own.ids.items() if i >= sizes[0]]:
-        raise ValueError(f"{base.name} has no row for {_some(rowless)}, so {match.mode!r} cannot number its tokens; "
-                         "resize its token table, or use mode='base'")
-    return match
 
 # %% ../nbs/24_vocabulary.ipynb #098e6049
 def _pick(source:Checkpoint, k:str, index:Tensor, axis:int)->Tensor: # (n, …) rows `index` ≥ 0 of a parameter; n > 0
@@ -496,6 +495,22 @@ def label_names(
         raise ValueError(f"{checkpoint.name}: `id2label` must name the rows 0 to {n - 1}, each differently, got {known}")
     return names, [k for k in (last[0], last[0].removesuffix('weight') + 'bias') if k in heads]
 
+# %% ../nbs/24_vocabulary.ipynb #b3d07e15
+_POOLER = re.compile(r'(\w+\.)?pooler\.').match
+
+def pooler_with_head(
+    base:Checkpoint,   # base model
+    expert:Checkpoint, # under the base's names
+    keep:bool=False    # the head will lie in a file of its own: only where there is one
+)->Checkpoint:         # `expert`, or a view on it whose head has the pooler too, named as it is beside the base's parameters
+    "A pooler lies between the body and the head: where the base has none, it goes the way of the expert's head."
+    own = [k for k in expert if _POOLER(k) and k not in base]
+    if not own or keep and not head_parameters(expert): return expert
+    plain = lambda k: k.removeprefix(p) if (p := _POOLER(k)[1] or '') and not any(b.startswith(p) for b in base) else k
+    view = View(expert, {plain(k) if k in own else k: k for k in expert})
+    view.roles = expert.roles | {plain(k): 'head' for k in own}
+    return view
+
 # %% ../nbs/24_vocabulary.ipynb #44dfa985
 _FACTS = 'architectures', 'model_type', 'hidden_size', 'problem_type' # of config.json, that go with a head
 
@@ -574,14 +589,14 @@ def _write_shards(new:Path, model:Checkpoint, head:Mapping[str, Tensor])->None: 
     (new/'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
 
 # %% ../nbs/24_vocabulary.ipynb #fa122a9c
-LABEL_MODES = 'agree', 'union'
+LABEL_MODES = 'agree', 'base', 'union', 'intersection'
 
 def match_labels(
     base:Checkpoint,               # base model, with or without a task head
     experts:Sequence[Checkpoint],  # models; at least one has a task head
     mode:str='agree',              # one of `LABEL_MODES`
 )->RowMatch:                       # rows of the output by label; −1 throughout for a model that has no say
-    "Output rows of a shared head by label."
+    "Output rows of a shared head by label; `ValueError` for heads of different kinds, without names, or where none is left."
     if mode not in LABEL_MODES: raise ValueError(f"`mode` must be one of {', '.join(LABEL_MODES)}, got {mode!r}")
     heads = [e for e in experts if head_parameters(e)]
     if not heads: raise ValueError("no expert has a task head; leave heads out of the request")
@@ -598,13 +613,30 @@ def match_labels(
                              "to match by; write `id2label` into config.json, or keep heads per task")
         if mode == 'agree' and set(a) != set(b):
             raise ValueError(f"{first.name} and {e.name} disagree on {_some(set(a) ^ set(b))}; take the labels of all "
-                             "with labels='union', or keep heads per task")
-    own = label_names(base)[0] if head_parameters(base) == head_parameters(first) else []
+                             "with labels='union', those that all share with 'intersection', or keep heads per task")
+    own = said = label_names(base)[0] if head_parameters(base) == head_parameters(first) else []
     if mode == 'agree' and set(own) != set(labels[first.name]) or unnamed(own) and own != labels[first.name]: own = []
-    names = [{n: i for i, n in enumerate(ls)} for ls in [own, *(labels.get(e.name, []) for e in experts)]]
-    return match_rows(names, [len(n) for n in names], 'union', [m.name for m in (base, *experts)])._replace(mode=mode)
+    sets = [_wanted(own, labels, mode, base.name), own, *(labels.get(e.name, []) for e in experts)]
+    names = [{n: i for i, n in enumerate(ls)} for ls in sets]
+    match = match_rows(names, [len(n) for n in names], 'base', ['the output', *(m.name for m in (base, *experts))])
+    return match._replace(mode=mode, maps=match.maps[1:], left_out=[[n for n in said if n not in names[0]], *match.left_out[2:]])
 
 # %% ../nbs/24_vocabulary.ipynb #58d0f5e6
+def _wanted(own:Sequence[str], sets:Mapping[str, Sequence[str]], mode:str, base:str)->list[str]: # labels of the output, in order
+    first, *rest = ([own] if own else []) + list(sets.values())
+    if mode in ('agree', 'union'): return list(dict.fromkeys(n for ls in (first, *rest) for n in ls))
+    if mode == 'intersection':
+        if kept := [n for n in first if all(n in ls for ls in rest)]: return kept
+        named = ([f"{base}: {', '.join(own)}"] if own else []) + [f"{m}: {', '.join(ls)}" for m, ls in sets.items()]
+        raise ValueError(f"no label is shared by all ({'; '.join(named)}); use labels='union', or keep heads per task")
+    if not own: raise ValueError(f"{base} has no head of the experts' kind with named labels, which labels='base' takes; "
+                                 "use labels='union' or 'intersection'")
+    for m, ls in sets.items():
+        if not set(own) & set(ls):
+            raise ValueError(f"{m} has none of the labels of {base} ({', '.join(own)}), but {', '.join(ls)}; "
+                             "use labels='union', or keep heads per task")
+    return list(own)
+
 def align_labels(
     base:Checkpoint,               # base model, with or without a task head
     experts:Sequence[Checkpoint],  # models; at least one has a task head

@@ -17,6 +17,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 import transformers
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -296,6 +297,9 @@ def undisturbed(maps, tmp_path_factory):
     return of
 
 
+NO_CONFIG = 'note: the base has no config.json, so {} has none, and AutoModel will not load it; put one beside its weights\n'
+
+
 def files_in(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
@@ -350,7 +354,7 @@ def test_ctrl_c_says_how_to_go_on(maps, undisturbed, tmp_path):
         assert p.returncode == 130 and 'Traceback' not in said
         nothing_to_load(out)
     code, _, err = call('fuse', maps/'base', *experts_of(maps), '-o', out)
-    assert (code, err) == (0, '') and files_in(out) == undisturbed('dora')
+    assert (code, err) == (0, NO_CONFIG.format(out)) and files_in(out) == undisturbed('dora')
     assert 'the same command goes on' in said, said
 
 
@@ -383,6 +387,17 @@ def test_broken_off_by_any_error_goes_on(maps, undisturbed, tmp_path, monkeypatc
     nothing_to_load(out)
     fuse_checkpoints(maps/'base', experts_of(maps), method, out)
     assert files_in(out) == undisturbed(method)
+
+
+def test_a_base_without_configuration_is_told(maps, tmp_path):
+    "Once, on standard error, where the output is a model; and not where it is an adapter, or the base has one."
+    fused, alive, thin, whole = (tmp_path/n for n in ('fused', 'alive', 'thin', 'whole'))
+    assert call('fuse', maps/'base', maps/'expert1', '-o', fused)[2] == NO_CONFIG.format(fused)
+    assert call('add', tmp_path/'state', maps/'expert1', '--base', maps/'base')[2] == ''
+    assert call('export', tmp_path/'state', '-o', alive)[2] == NO_CONFIG.format(alive)
+    assert call('fuse', maps/'base', maps/'expert1', '-o', thin, '--adapter-rank', 2)[2] == ''
+    (fused/'config.json').write_text('{"model_type": "toy"}')
+    assert call('fuse', fused, maps/'expert2', '-o', whole)[2] == ''
 
 
 def test_another_request_starts_anew(maps, undisturbed, tmp_path):
@@ -543,6 +558,61 @@ def test_fused_delta_as_an_adapter(models, tmp_path):
     for k in linear: assert_close(m[k], full[k], rtol=1e-3, atol=1e-4)
 
 
+def test_dora_adapters_on_the_command_line(models, tmp_path):
+    "Adapters of PEFT against a loop in float64 written from arXiv:2402.09353, eq. 5: as a model, as an adapter, of any rank."
+    base, paths, T = models('llama')/'base', [tmp_path/'a1', tmp_path/'a2'], []
+    W0 = {k: v.double() for k, v in read_all(base).items()}
+    for t, path in enumerate(paths):
+        torch.manual_seed(t)
+        config = LoraConfig(r=2, lora_alpha=3 + t, target_modules=['q_proj', 'down_proj'], init_lora_weights=False, use_dora=True)
+        peft = get_peft_model(load('llama', base).float(), config)
+        for k, p in peft.named_parameters():
+            if 'magnitude' in k: p.data *= 1 + .3 * torch.rand(p.shape) # lengths that are not those of the base
+        peft.save_pretrained(path)
+        parts, deltas = load_file(path/'adapter_model.safetensors'), {}
+        for k in (k for k in parts if k.endswith('.lora_A.weight')):
+            module = k.removesuffix('.lora_A.weight')
+            A, B, m = (parts[f'{module}.{x}'].double() for x in ('lora_A.weight', 'lora_B.weight', 'lora_magnitude_vector'))
+            w = module.removeprefix('base_model.model.') + '.weight'
+            V = W0[w] + (3 + t) / 2 * B @ A
+            deltas[w] = torch.stack([m[i] * V[i] / V[i].square().sum().sqrt() for i in range(len(m))]) - W0[w]
+        T.append(deltas)
+    want = {k: (T[0][k] + T[1][k]) / 2 for k in T[0]}
+    assert len(want) == 4
+    code, _, err = call('fuse', *paths, '-m', 'soft_soup', '-o', tmp_path/'no')
+    assert code == 2 and 'depends on the base' in err and '`direction-fusion fuse BASE ADAPTERS --adapter-rank R`' in err
+    args = 'fuse', base, *paths, '-m', 'soft_soup'
+    assert call(*args, '-o', tmp_path/'whole', '--dtype', 'float64')[0] == 0
+    for k, x in read_all(tmp_path/'whole').items(): assert_close(x, W0[k] + want.get(k, 0), rtol=0, atol=1e-12)
+    for r in (16, 3):
+        assert call(*args, '-o', tmp_path/f'rank {r}', '--adapter-rank', r)[0] == 0
+        peft = PeftModel.from_pretrained(load('llama', base).double(), tmp_path/f'rank {r}').double()
+        made = peft.merge_and_unload().state_dict()
+        for k, d in want.items():
+            U, S, Vh = torch.linalg.svd(d, full_matrices=False)
+            assert_close(made[k] - W0[k], U[:, :r] * S[:r] @ Vh[:r], rtol=0, atol=2e-6)
+
+
+def test_killed_between_two_renames(models, tmp_path):
+    "An adapter that is being replaced: the next run finds the old one, whole, and replaces it."
+    base, (one, two, _) = models('llama')/'base', experts_of(models('llama'))
+    fuse_checkpoints(base, [one], 'soft_soup', tmp_path/'lora', adapter_rank=2)
+    before, rename = files_in(tmp_path/'lora'), Path.rename
+    if not (child := os.fork()):
+        def killed(self, to):
+            if self.name == 'lora': rename(self, to); os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, to)
+        Path.rename = killed
+        try: fuse_checkpoints(base, [two], 'soft_soup', tmp_path/'lora', adapter_rank=2, overwrite=True, threads=1)
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path/'lora').exists() and len(os.listdir(tmp_path)) == 2
+    refused('exists; choose another folder', base, [two], 'soft_soup', tmp_path/'lora', adapter_rank=2)
+    assert os.listdir(tmp_path) == ['lora'] and files_in(tmp_path/'lora') == before
+    done = fuse_checkpoints(base, [two], 'soft_soup', tmp_path/'lora', adapter_rank=2, overwrite=True)
+    assert os.listdir(tmp_path) == ['lora'] and verify(tmp_path/'lora') == len(done['outputs'])
+
+
 def opened(base, experts): return open_expert(base), [open_expert(e) for e in experts]
 
 
@@ -588,6 +658,7 @@ def headed(tmp_path_factory):
     for t, name in enumerate(('body', 'body1'), 1): write(name, 'BertModel', t)
     for n in (2, 3, 4): write(f'labels{n}', 'BertForSequenceClassification', 10 + n, n)
     write('other2', 'BertForSequenceClassification', 20)
+    write('bare', 'BertModel', 3, add_pooling_layer=False)
     write('words', 'BertForMaskedLM', 21)
     write('span', 'BertForQuestionAnswering', 22) # without a pooler, as `words`
     return root
@@ -627,10 +698,42 @@ def test_heads_of_any_shape_stay_apart(headed, tmp_path, base, experts):
     assert 'would refuse' not in call('inspect', headed/base, *(headed/n for n in experts), '-m', 'soft_soup')[1]
 
 
+@pytest.mark.parametrize('base', ['bare', 'words']) # without the prefix of the experts, and with it
+def test_a_pooler_goes_with_its_head(headed, tmp_path, base):
+    "Where the base has no pooler: kept with the head it feeds, or left out and said so; at once as one by one."
+    experts, top = ['labels3', 'labels4'], ('classifier', 'pooler')
+    plain = lambda n: {k.removeprefix('bert.'): v for k, v in read_all(headed/n).items() if not k.startswith('cls')}
+    body = lambda n: {k: v for k, v in plain(n).items() if not k.startswith(top)}
+    want = fuse(body(base), [body(n) for n in experts], 'soft_soup')
+    for heads in ('keep', 'base'):
+        outs = [tmp_path/heads, tmp_path/f'{heads} too']
+        models = headed/base, *(headed/n for n in experts)
+        assert call('fuse', *models, '-m', 'soft_soup', '-o', outs[0], '--heads', heads)[2] == ''
+        for n in experts:
+            begin = ('--base', headed/base, '-m', 'soft_soup', '--heads', heads) if n == experts[0] else ()
+            assert call('add', tmp_path/f'state {heads}', headed/n, *begin)[2] == ''
+        assert call('export', tmp_path/f'state {heads}', '-o', outs[1])[2] == ''
+        for out in outs:
+            got = {k.removeprefix('bert.'): v for k, v in read_all(out).items() if not k.startswith('cls')}
+            assert_close(got, want)
+            said = [i.get('left_out', []) for i in json.loads((out/'fusion.json').read_text())['inputs']]
+            if heads == 'base': assert not said[0] and all(len([k for k in x if 'pooler' in k]) == 2 for x in said[1:])
+            if heads == 'base': assert 'pooler.dense.bias' in (out/'README.md').read_text()
+            for n in experts if heads == 'keep' else []:
+                folder = attach_head(out, out/'heads'/f'{n}.safetensors', tmp_path/f'{out.name} {n}')
+                model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+                assert not info['missing_keys'] and all(k.startswith('cls') for k in info['unexpected_keys'])
+                state = {k.removeprefix('bert.'): v for k, v in model.state_dict().items()}
+                assert_close({k: state[k] for k in plain(n)}, want | {k: v for k, v in plain(n).items() if k.startswith(top)})
+    assert call('remove', tmp_path/'state base', headed/'labels3')[2] == ''
+    assert 'would refuse' not in call('inspect', headed/base, *(headed/n for n in experts), '-m', 'soft_soup')[1]
+
+
 def test_heads_that_cannot_be_told_apart(headed, tmp_path):
-    "Nothing is cut: a head with something below it that the base lacks, unequal labels, a head that has no labels."
-    refused("pooler.dense.weight', which the base lacks; choose a base that has a place for it", headed/'span',
-            [headed/'labels3'], 'dora', tmp_path/'fused', heads='base')
+    "Nothing is cut: a pooler without a head that the base lacks, unequal labels, a head that has no labels."
+    for args in [dict(), dict(heads='keep')]:
+        refused("pooler.dense.weight', which the base lacks; choose a base that has a place for it", headed/'bare',
+                [headed/'body1'], 'dora', tmp_path/'fused', **args)
     for heads in ('refuse', 'fuse'):
         args = [*map(str, (headed/'labels2', headed/'labels3', headed/'labels4'))], ['--heads', heads] * (heads == 'fuse')
         code, _, err = call('fuse', *args[0], '-o', tmp_path/'fused', *args[1])
@@ -646,7 +749,33 @@ def test_heads_that_cannot_be_told_apart(headed, tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_tokens_of_all_experts(tmp_path):
+def test_labels_of_the_base_or_of_all(tmp_path):
+    "Rows by label against a loop over names in float64; what the fused head lacks is said; nothing is left of an empty set."
+    labels = dict(base=['no', 'yes', 'off'], one=['yes', 'no', 'maybe'], two=['off', 'yes'], far=['x', 'y'])
+    for t, (n, names) in enumerate(labels.items()):
+        torch.manual_seed(t)
+        config = BertConfig(**text, id2label=dict(enumerate(names)), label2id={x: i for i, x in enumerate(names)})
+        BertForSequenceClassification(config).save_pretrained(tmp_path/n)
+    table = lambda n: read_all(tmp_path/n)['classifier.weight'].double()
+    row = lambda n, x: table(n)[labels[n].index(x)] if x in labels[n] else row('base', x)
+    for mode, kept, gone in [('base', labels['base'], [None, ['maybe'], None]),
+                             ('intersection', ['yes'], [['no', 'off'], ['no', 'maybe'], ['off']])]:
+        out = tmp_path/f'by {mode}'
+        code, _, err = call('fuse', *(tmp_path/n for n in ('base', 'one', 'two')), '-m', 'soft_soup', '--heads', 'fuse',
+                            '--labels', mode, '-o', out)
+        assert code == 0 and not err, err
+        model = AutoModelForSequenceClassification.from_pretrained(out)
+        assert list(model.config.id2label.values()) == kept
+        want = torch.stack([(row('one', x) + row('two', x)) / 2 for x in kept])
+        assert_close(model.classifier.weight.double(), want, rtol=0, atol=1e-7)
+        assert [i.get('labels_left_out') for i in json.loads((out/'fusion.json').read_text())['inputs']] == gone
+        assert 'maybe of one' in (out/'README.md').read_text() and verify(out)
+    for mode, says in [('base', 'has none of the labels'), ('intersection', 'no label is shared by all')]:
+        code, _, err = call('fuse', tmp_path/'base', tmp_path/'far', '--heads', 'fuse', '--labels', mode, '-o', tmp_path/'no')
+        assert code == 2 and says in err and err.count('\n') == 1 and not (tmp_path/'no').exists()
+
+
+def test_tokens_of_all_experts(tmp_path, monkeypatch):
     "Two experts that added a token each, at the same place: the fused model and its tokenizer know both."
     from tokenizers import Tokenizer, models as kinds, pre_tokenizers
     words = ['<unk>', '<pad>', 'the', 'cat', 'sat']
@@ -674,12 +803,20 @@ def test_tokens_of_all_experts(tmp_path):
     table, (_, tool, think) = model.state_dict()['model.embed_tokens.weight'], (s['model.embed_tokens.weight'] for s in states)
     assert_close(table, torch.cat([(tool[:5] + think[:5]) / 2, tool[5:], think[5:]])) # each row by those that have it
     with torch.no_grad(): assert model(torch.tensor([[2, 6, 5]])).logits.shape == (1, 3, 7)
+    monkeypatch.chdir(tmp_path)                                   # a living fusion keeps the base's rows, and says what helps
+    code, _, err = call('add', 'state', 'tool', '--base', 'base', '-m', 'soft_soup')
+    assert code == 2 and 'tool has other tokens than the base' in err
+    assert '`direction-fusion fuse BASE EXPERTS --tokens union`' in err
+    helps = err.split('`direction-fusion ')[2].split('`')[0].replace('BASE', 'base').replace('NEW', 'plain-tool').split()
+    assert call(*helps)[0] == 0, helps
+    assert call('add', 'state', 'plain-tool', '--base', 'base', '-m', 'soft_soup')[0] == 0
+    assert_close(read_all('plain-tool')['model.embed_tokens.weight'], tool[:5])
 
 
 # A living fusion
 
 @pytest.mark.parametrize('method', ['dora', 'opcm'])
-def test_add_and_export_give_what_fuse_gives(models, tmp_path, method):
+def test_add_and_export_give_what_fuse_gives(models, tmp_path, method, monkeypatch):
     folder, state, out = models('gpt2'), tmp_path/'state', tmp_path/'fused'
     code, _, err = call('add', state, folder/'expert1')
     assert (code, err) == (2, f'direction-fusion: {state} holds no fusion yet: the first expert needs `base`\n')
@@ -691,7 +828,21 @@ def test_add_and_export_give_what_fuse_gives(models, tmp_path, method):
     fuse_checkpoints(folder/'base', experts_of(folder), method, tmp_path/'at once')
     assert_close(read_all(out), read_all(tmp_path/'at once'), rtol=1e-5, atol=1e-6)
     load('gpt2', out)
-    verify(out)
+    assert verify(out) == len(read_all(out)) # every tensor has its digest
+    recipe = json.loads((out/'fusion.json').read_text())['recipe']
+    assert recipe == dict(method=method, base='base', experts=[f'expert{t}' for t in (1, 2, 3)],
+                          parameters=recipe['parameters'])
+    assert yaml.safe_load((out/'README.md').read_text().split('```')[1].removeprefix('yaml')) == recipe
+    monkeypatch.chdir(folder)
+    fuse_checkpoints(recipe['base'], recipe['experts'], recipe['method'], tmp_path/'from recipe', **recipe['parameters'])
+    assert_close(read_all(tmp_path/'from recipe'), read_all(out), rtol=1e-5, atol=1e-6)
+    assert call('export', state, '-o', tmp_path/'thin', '--adapter-rank', 3)[0] == 0
+    fuse_checkpoints(folder/'base', experts_of(folder), method, tmp_path/'thin too', adapter_rank=3)
+    thin, same = (open_expert(tmp_path/n, open_checkpoint(folder/'base')) for n in ('thin', 'thin too'))
+    assert_close(dict(thin), dict(same), rtol=1e-4, atol=1e-5)
+    made = json.loads((tmp_path/'thin'/'fusion.json').read_text())
+    assert made['recipe'] == recipe | dict(adapter_rank=3)
+    assert verify(tmp_path/'thin') == len(made['outputs'])
     other = 'was made with a base of fingerprint'
     gone = 'is not in this fusion' if method == 'dora' else 'cannot take an expert out'
     for args, says in [(('add', state, folder/'expert1'), 'has been added already'),

@@ -307,7 +307,7 @@ def test_commands_refuse_a_bad_expert(world, case):
     ("`weights` must be finite, got nan", ('fuse', 'base', 'good', '-m', 'soft_soup', '--weights', 'nan')),
     ("must not sum to 0", ('fuse', 'base', 'good', '-m', 'soft_soup', '--weights', '0')),
     ("`weight` must be finite, got inf", ('add', 'state', 'good', '--base', 'base', '-m', 'soft_soup', '--weight', 'inf')),
-    ("`labels` must be one of agree, union", ('fuse', 'base', 'good', '--labels', 'x')),
+    ("`labels` must be one of agree, base, union, intersection", ('fuse', 'base', 'good', '--labels', 'x')),
     ("`tokens` must be one of agree, base", ('fuse', 'base', 'good', '--tokens', 'x')),
     ("name a folder of its own", ('add', 'taken', 'good', '--base', 'base')),
     ("is a file; a living fusion is a folder", ('add', 'base/config.json', 'good', '--base', 'base')),
