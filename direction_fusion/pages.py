@@ -33,7 +33,7 @@ def published(
 
 def streams(
     published:Mapping[str, Sequence], # study → records
-)->dict[str, list]:                   # the same without `NAME_all` and the like, which take other methods or examples to the tasks of `NAME`
+)->dict[str, list]:                   # the same without `NAME_all` and the like, which put the tasks of `NAME` to another use
     "The studies that are streams of their own."
     return {s: rs for s, rs in published.items() if (of := s.rpartition('_')[0]) not in published or not of}
 

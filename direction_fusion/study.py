@@ -633,6 +633,10 @@ def _maker(study, method, params, seed, experts, files)->Callable: # names → t
         return state, tau.norm()
     return make
 
+def _release(): # what earlier runs have left behind, back to the system
+    gc.collect() # their models may hang in circles of references: few objects, gigabytes
+    with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0) # the GNU C library keeps what it is given
+
 # %% ../nbs/14_study.ipynb #62bcfa37
 def _shared_head(study, m): # what of the fused model and its record it decides
     return [study.heads] * (study.heads == 'shared') + ['averaged'] * (study.heads == 'shared' and m.linear_only)
@@ -701,10 +705,6 @@ def validation_accuracy(
     return float(np.mean([METRICS['accuracy'](labels(study, n, 'validation'), p) for n, p in found.items()]))
 
 # %% ../nbs/14_study.ipynb #3665911c
-def _release(): # what earlier runs have left behind, back to the system
-    gc.collect() # their models may hang in circles of references: few objects, gigabytes
-    with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0) # the GNU C library keeps what it is given
-
 def gather(
     study:Study,         # the study
     method:str,          # key of `METHODS`
@@ -883,8 +883,7 @@ def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: 
     return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], recipe_key(recipe_of(study, seed)),
                   method_label(method, params), seed, code_print(method), study.evaluate,
                   *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')),
-                  *_shared_head(study, m)[1:],
-                  [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else [],
+                  *_shared_head(study, m)[1:], [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else [],
                   *[_recalibration(study)] * (study.recalibrate > 0))
 
 # %% ../nbs/14_study.ipynb #7c6bf22a
