@@ -880,11 +880,11 @@ def probe_predictions(study:Study, task:str)->np.ndarray: # (n,) predicted class
 def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: # 16 hexadecimal digits
     "Hash of all that decides a record."
     b, names, m = bench(study), task_order(study, order), get_method(method)
+    measured = [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else []
     return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], recipe_key(recipe_of(study, seed)),
                   method_label(method, params), seed, code_print(method), study.evaluate,
                   *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')),
-                  *_shared_head(study, m)[1:], [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else [],
-                  *[_recalibration(study)] * (study.recalibrate > 0))
+                  *_shared_head(study, m)[1:], measured, *[_recalibration(study)] * (study.recalibrate > 0))
 
 # %% ../nbs/14_study.ipynb #7c6bf22a
 def settings(
