@@ -316,6 +316,7 @@ def running(maps, out, method='dora'):
         while len(whole()) < 3 and p.poll() is None and time.time() < deadline: time.sleep(.02)
         assert p.poll() is None, f'ended before it could be broken off:\n{p.communicate()[0]}'
         os.killpg(p.pid, signal.SIGSTOP)
+        os.waitpid(p.pid, os.WUNTRACED) # a signal takes its time
         yield p, {json.loads(s)[0] for s in whole()}
     finally:
         if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
