@@ -590,6 +590,8 @@ def publish(
     if missing := [f for f in folders if not (f/'record.json').is_file()]:
         raise ValueError(f"study {study.name!r} has no record in {missing[0].relative_to(study.root)}; "
                          f"run: direction-fusion study {study.name}")
+    for n in ('compare', 'interference')[:1 if study.evaluate == 'last' else 2]: # drawn anew where some methods alone ran last
+        _notebook(study, n, lambda share: None)
     fresh = to.with_name(f'.part-{to.name}')                  # the old ones go only when the new ones are whole
     shutil.rmtree(fresh, ignore_errors=True)
     drawn = f'seed{study.seeds[0]}-order{study.orders[0]}' # of a setting's many runs, one is kept with its figures

@@ -142,6 +142,15 @@ def test_orders_share_what_does_not_depend_on_them(project, finished):
     assert dict(zip(b['tasks'], b['R'][-1])) == dict(zip(a['tasks'], a['R'][-1])) and b['tasks'] != a['tasks']
 
 
+def test_what_is_published_shows_every_method(project, finished):
+    "Figures and tables that a run of some methods drew last are drawn anew."
+    assert call(project, 'study', 'mini', '--methods', 'dora').returncode == 0
+    done = call(project, 'publish', 'mini')
+    assert done.returncode == 0, done.stderr
+    kept = (project/'assets'/'mini'/'summary.csv').read_text()
+    assert all(title in kept for title in ('Soft Soup', 'DoRA', 'Sequential fine-tuning'))
+
+
 def test_same_seed_gives_the_same_matrix(project, finished, tmp_path):
     "All over again in another folder: training, fusion and evaluation give the same numbers."
     shutil.copytree(project, tmp_path/'p', ignore=shutil.ignore_patterns('runs'))
