@@ -109,13 +109,14 @@ def costs(
 
 # %% ../nbs/33_ranking.ipynb #31a88d9a
 def chosen(
-    records:Sequence, # of one study
-)->list:              # those of one setting a method: with parameters but no `norm`; else as given
+    records:Sequence,         # of one study
+    as_given:Sequence[str]=() # keys of `METHODS` whose defaults count
+)->list:                      # those of one setting a method: with parameters but no `norm`; else as given
     "Every method as validation data chose it."
     labels = {}
     for r in records: labels.setdefault(r.method.partition('(')[0], []).append(r.method)
     rank = lambda label: (0 if '(' in label and 'norm=' not in label else 1 if '(' not in label else 2, label)
-    best = {m: min(ls, key=rank) for m, ls in labels.items()}
+    best = {m: m if m in as_given and m in ls else min(ls, key=rank) for m, ls in labels.items()}
     return [r for r in records if r.method == best[r.method.partition('(')[0]]]
 
 SETTINGS = {'defaults': lambda p: not p, 'chosen': lambda p: p and 'norm=' not in p, 'matched norm': lambda p: 'norm=' in p}
