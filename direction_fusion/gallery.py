@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 from .interference import PREDICTORS, barrier, interference_of, load_interference, rank_correlations
 from .metrics import crossed_intervals, holm
-from .plots import (_FONT, _INK, _PALE, _axes, _count_axis, _label_ends, _matrix, _matrix_axes, _whole,
-                                    _words, Saved, common_runs, differences, method_style, save_figure)
+from .plots import (_FONT, _INK, _PALE, _axes, _count_axis, _label_ends, _matrix, _matrix_axes,
+                                    _words, Saved, common_runs, differences, method_style, save_figure, whole_runs)
 from .methods import METHODS
 from .ranking import SETTINGS
 from .runner import read_records
@@ -72,7 +72,7 @@ def drawn(
     **how,          # further arguments of `plot`
 ):                  # the files, which a notebook shows; or a sentence
     "Draw a figure and save it, or say that there is nothing to draw."
-    if what is None or isinstance(what, list) and not what: return f'{plot.__name__}: no record is published yet.'
+    if what is None or isinstance(what, list) and not what: return f'{plot.__name__}: nothing is known to draw.'
     return Shown(save_figure(plot(what, **how), find_root()/stem))
 
 class Shown(Saved):
@@ -394,7 +394,7 @@ def _labels(records, method, fits)->list[str]: # labels of a method in one setti
 
 # %% ../nbs/34_gallery.ipynb #eee72283
 def _judged(records, label, other, metric)->dict: # difference in points with its interval, and the verdict
-    runs = common_runs([r for r in (records if metric == 'ACC' else _whole(records)) if r.method in (label, other)])
+    runs = common_runs([r for r in (records if metric == 'ACC' else whole_runs(records)) if r.method in (label, other)])
     if not runs: return dict(finding='no run in common that keeps its answers', verdict='cannot say')
     mine = next(r.title for r in runs if r.method == label)
     row = differences(runs, next(r.title for r in runs if r.method == other), metric).loc[mine]

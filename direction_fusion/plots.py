@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'METRICS', 'method_style', 'check_record', 'group_records', 'plot_accuracy_matrix', 'spread',
-           'plot_forgetting', 'plot_learning_curves', 'paired_values', 'common_runs', 'plot_compare', 'differences',
-           'plot_differences', 'plot_significance', 'plot_retention', 'plot_interference', 'plot_cosines',
-           'summary_numbers', 'summary_table', 'Saved', 'save_figure']
+           'plot_forgetting', 'whole_runs', 'plot_learning_curves', 'paired_values', 'common_runs', 'plot_compare',
+           'differences', 'plot_differences', 'plot_significance', 'plot_retention', 'plot_interference',
+           'plot_cosines', 'summary_numbers', 'summary_table', 'Saved', 'save_figure']
 
 # %% ../nbs/13_plots.ipynb #c56d1e39
 import hashlib
@@ -217,7 +217,10 @@ def _levels(records:Sequence, T:int)->tuple[np.ndarray, np.ndarray]: # (T,) expe
     seen = np.arange(1, T + 1)
     return tuple(np.mean([100 * np.cumsum(run[k]) / seen for run in runs.values()], axis=0) for k in (0, 1))
 
-def _whole(records:Sequence)->list: # those that were evaluated after every merge
+def whole_runs(
+    records:Sequence, # any runs
+)->list:              # those that were evaluated after every merge
+    "Runs that know what happened on the way."
     return [r for r in records if np.isfinite(np.asarray(r.R, dtype=float)[np.tril_indices(len(r.R))]).all()]
 
 def plot_learning_curves(
@@ -225,7 +228,7 @@ def plot_learning_curves(
     ax:Axes|None=None, # where to draw; None: a new figure, higher for more methods
 )->Axes:
     "Mean accuracy over the tasks seen after each merge, in percent, one line a method."
-    groups = group_records(whole) if (whole := _whole(records)) else []
+    groups = group_records(whole) if (whole := whole_runs(records)) else []
     T, steps = len(records[0].R), np.arange(1, len(records[0].R) + 1)
     ax = _axes(ax, 4.6, max(2.4, .14 * len(groups) + .7))
     ends, names, colors = [], [], []
@@ -293,7 +296,7 @@ def common_runs(
 
 def _ends(groups:Sequence, key:str)->np.ndarray: # (M, 2) ends of the 95 % interval of each method's own mean, in percent, or NaN
     def ends(g): # over seeds, orders and examples where all seeds meet all orders; over runs elsewhere
-        if not (g := g if key in ('ACC', 'NACC') else _whole(g)): return np.nan, np.nan
+        if not (g := g if key in ('ACC', 'NACC') else whole_runs(g)): return np.nan, np.nan
         grid = len({r.seed for r in g}) * len({r.order for r in g}) == len(g)
         if grid and key in LINEAR and all(getattr(r, 'correct', None) and (len(r.R) > 1 or key != 'BWT') for r in g):
             return [x[0] for x in crossed_intervals(*paired_values(g, key)[1:])[1:]]
@@ -327,13 +330,14 @@ def _panel(ax:Axes, groups:Sequence, key:str, offsets:dict)->None: # one column 
 def plot_compare(
     records:Sequence,                      # runs of one study over the same tasks: any methods, seeds and orders
     panels:Sequence[str]=('ACC','F','BWT'), # keys of METRICS, one column each
-    ax:Sequence[Axes]|None=None,           # as many axes as panels; None: a new figure, higher for more methods
+    ax:Sequence[Axes]|None=None,           # as many axes as panels; None: a new figure, without panels that no run knows
 )->np.ndarray:                             # (panels,) the axes
     "Dot chart of methods, best average first, with every run visible and the bounds drawn in."
     groups = group_records(records)
     for p in panels:
         if p not in METRICS: raise ValueError(f"unknown panel {p!r}; choose from {', '.join(METRICS)}")
-    if ax is not None and len(ax) != len(panels):
+    if ax is None: panels = [p for p in panels if any(np.isfinite(r.metrics[p]) for r in records)] or panels[:1]
+    elif len(ax) != len(panels):
         raise ValueError(f"`ax` must hold {len(panels)} axes, one a panel, got {len(ax)}")
     wide = 1. + .05 * max(len(g[0].title) for g in groups) + 1.4 * len(panels)
     axes = np.atleast_1d(_axes(ax, wide, .22 * len(groups) + .9, ncols=len(panels), sharey=True) if ax is None
@@ -429,7 +433,7 @@ def plot_retention(
     ax:Axes|None=None, # where to draw; None: a new figure, higher for more methods
 )->Axes:
     "Share of a task's accuracy on arrival that is left k merges later, in percent, one line a method."
-    groups, T = group_records(whole) if (whole := _whole(records)) else [], len(records[0].R)
+    groups, T = group_records(whole) if (whole := whole_runs(records)) else [], len(records[0].R)
     ax = _axes(ax, 4.6, max(2.4, .14 * len(groups) + .7))
     ends, names, colors = [], [], []
     for i, g in enumerate(groups):
