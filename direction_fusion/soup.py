@@ -157,17 +157,20 @@ def combine(
     return out.reshape(deltas.shape[1:])
 
 # %% ../nbs/02_soup.ipynb #b26ad935
+def _moves(base:Tensor)->bool: # whether adding it changes anything
+    return base.numel() > 0 and any(base.aminmax())
+
 def gram_scan(
     pieces:Callable,    # () → iterator of (deltas (T, …), base) over one parameter
     on:str='delta',     # vectors: 'weight' or 'delta'
     grain:str='tensor', # as in `vectors`
 )->Tensor|None:         # (1, T, T) float64; None for 'row', where every row has its own
     "`gram` of a parameter that is read in pieces."
-    return sum(gram(d, b if on == 'weight' else None) for d, b in pieces()) if grain == 'tensor' else None
+    return sum(gram(d, b if on == 'weight' and _moves(b) else None) for d, b in pieces()) if grain == 'tensor' else None
 
 def _span(deltas, base, on, grain, lam, coefficients, G=None): # λ times the point whose coefficients a Gram matrix gives
     if on not in ON: raise ValueError(f"`on` must be one of {', '.join(ON)}, got {on!r}")
-    b, _ = base if on == 'weight' and base.count_nonzero() else None, vectors(deltas, grain)
+    b, _ = base if on == 'weight' and _moves(base) else None, vectors(deltas, grain)
     if len(deltas) == 1: return lam * deltas[0]
     out = combine(deltas, coefficients(gram(deltas, b, grain) if G is None else G), b, grain)
     return out if lam == 1 else out.mul_(lam)
