@@ -42,15 +42,17 @@ def polar_factor(
 )->Tensor|tuple[Tensor, Tensor]: # (m, n) orthonormal columns if tall, rows if wide, as far as the rank of X allows; (min(m, n),)
     "X (XᵀX)^(−1/2), over the eigenvalues above rounding."
     if X.shape[0] < X.shape[1]: return (lambda P, S: (P.mT, S) if with_S else P.mT)(*polar_factor(X.mT, True))
-    tall = X.dtype != torch.float64 and X.shape[0] >= 2 * X.shape[1]
-    rounding = min(X.shape) * torch.finfo(X.dtype).eps
-    if tall:
+    found, rounding = None, min(X.shape) * torch.finfo(X.dtype).eps
+    if X.dtype == torch.float64 or X.shape[0] < 2 * X.shape[1]:
+        try: found = torch.linalg.svd(X, full_matrices=False)
+        except torch.linalg.LinAlgError: pass # thousands of nearly equal values: divide and conquer may not converge
+    if not found:
         Y = X.double()
         e, V = gram_eigh(Y)
-        heard = e > rounding ** 2 * e[0]
+        heard = e > max(rounding ** 2, min(X.shape) * torch.finfo(e.dtype).eps) * e[0]
         P, S = (Y @ (V * torch.where(heard, e, 1).rsqrt() * heard @ V.mT)).to(X.dtype), e.clamp_min(0).sqrt().to(X.dtype)
     else:
-        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+        U, S, Vh = found
         heard = S > rounding * S[:1]
         P = (U * heard) @ Vh
     return (P, S * heard) if with_S else P
