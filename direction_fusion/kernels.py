@@ -43,72 +43,23 @@ static inline bfloat16 narrow_bfloat16(double x) {
     return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-/* infinite or not a number */
-static inline int endless_bfloat16(bfloat16 x) { return (x & 0x7f80) == 0x7f80; }
-static inline int endless_float32(float32 x) { return x - x != 0; }
-
-/* s / W to the last bit, for W of few digits whose reciprocal is r */
-#ifdef __FP_FAST_FMA
-static inline double over(double s, double W, double r) { double q = s * r; return copysign(fma(fma(-q, W, s), r, q), q); }
-#else
-#define over(s, W, r) ((s) / (W))
-#endif
-
 /* sorts as |d| does */
 static inline uint64_t key_of(double d) { uint64_t u; d = fabs(d); memcpy(&u, &d, 8); return u << 1; }
 '''
 
-# %% ../nbs/21a_kernels.ipynb #ddf9b1c3
-_LINEAR = r'''
-#define N 1024
-#define EACH for (int i = 0; i < m; i++)
-int64_t linear_REAL(REAL *restrict out, const REAL *restrict base, const REAL *const *experts, const double *a,
-                    int64_t T, int64_t n, double c, double lam, double W) {
-    double s[N], b[N], r = 1 / W;
-    int64_t bad = 0, quick = W != 1 && (float)W == W && fabs(W) > 1e-9 && fabs(W) < 1e9;
-    for (int64_t at = 0; at < n; at += N) {
-        int m = n - at < N ? n - at : N, worst = 0;
-        if (base) EACH b[i] = wide_REAL(base[at + i]);
-        for (int t = 0; t < T; t += 2) { /* two at a time: half the way to memory and back */
-            int two = t + 1 < T;
-            const REAL *restrict x = experts[t] + at, *restrict y = experts[t + two] + at;
-            double u = a[t], v = a[t + two];
-            if (base && t && two) EACH s[i] = s[i] + (wide_REAL(x[i]) - b[i]) * u + (wide_REAL(y[i]) - b[i]) * v;
-            else if (base && two) EACH s[i] = (wide_REAL(x[i]) - b[i]) * u + (wide_REAL(y[i]) - b[i]) * v;
-            else if (base && t) EACH s[i] += (wide_REAL(x[i]) - b[i]) * u;
-            else if (base) EACH s[i] = (wide_REAL(x[i]) - b[i]) * u;
-            else if (t && two) EACH s[i] = s[i] + wide_REAL(x[i]) * u + wide_REAL(y[i]) * v;
-            else if (two) EACH s[i] = wide_REAL(x[i]) * u + wide_REAL(y[i]) * v;
-            else if (t) EACH s[i] += wide_REAL(x[i]) * u;
-            else EACH s[i] = wide_REAL(x[i]) * u;
-        }
-        if (base && c) EACH s[i] += b[i] * c;
-        if (lam != 1) EACH s[i] *= lam;
-        if (quick) EACH s[i] = over(s[i], W, r);
-        else if (W != 1) EACH s[i] /= W;
-        if (base) EACH s[i] += b[i];
-        EACH out[at + i] = narrow_REAL(s[i]);
-        EACH worst |= endless_REAL(out[at + i]);
-        if (worst) EACH bad |= s[i] - s[i] != 0; /* it may have been too large for the type alone */
-    }
-    return bad;
-}
-#undef EACH
-#undef N
-'''
-
 # %% ../nbs/21a_kernels.ipynb #6ee25ac5
-PIECE = 2048 # products that are folded into one number
-
 _EIGHT = r"""
 #define INLINE static inline __attribute__((always_inline))
 typedef uint32_t words __attribute__((vector_size(16)));
 typedef float singles __attribute__((vector_size(16)));
 typedef double doubles __attribute__((vector_size(32)));
+typedef int64_t longs __attribute__((vector_size(32)));
 #if defined(__AVX__) && !defined(__clang__) /* gcc 12 goes through memory otherwise */
 INLINE doubles wider(singles x) { return __builtin_ia32_cvtps2pd256(x); }
+INLINE singles narrower(doubles x) { return __builtin_ia32_cvtpd2ps256(x); }
 #else
 INLINE doubles wider(singles x) { return __builtin_convertvector(x, doubles); }
+INLINE singles narrower(doubles x) { return __builtin_convertvector(x, singles); }
 #endif
 
 /* half of eight numbers: those at even and at odd places, or the first four and the last */
@@ -123,6 +74,101 @@ INLINE void spread_bfloat16(double *q, doubles one, doubles two) {
 }
 INLINE void spread_float32(double *q, doubles one, doubles two) { memcpy(q, &one, 32); memcpy(q + 4, &two, 32); }
 """
+
+# %% ../nbs/21a_kernels.ipynb #7f2ab3d1
+_EIGHT += r"""
+/* both halves rounded, in order; bfloat16 in the upper half of a word */
+INLINE words rounded(doubles x) {
+    const longs M = (longs){0} + ((1ll << 43) - 1);
+    longs b = (longs)x;
+    b = (((b & M) + M) | b) & ~M;
+    words u = (words)narrower((doubles)b);
+    return u + 0x7fff + (u >> 16 & 1);
+}
+INLINE void write_bfloat16(bfloat16 *o, doubles one, doubles two) {
+    words w = rounded(one) >> 16 | (rounded(two) & 0xffff0000u);
+    memcpy(o, &w, 16);
+}
+INLINE void write_float32(float32 *o, doubles one, doubles two) {
+    singles s = narrower(one), t = narrower(two);
+    memcpy(o, &s, 16); memcpy(o + 4, &t, 16);
+}
+
+/* s / W to the last bit, for W of few digits whose reciprocal is r */
+#if defined(__FMA__) && !defined(__clang__)
+#define FUSED(x, y, z) __builtin_ia32_vfmaddpd256(x, y, z)
+#elif defined(__FP_FAST_FMA)
+INLINE doubles FUSED(doubles x, doubles y, doubles z) { for (int i = 0; i < 4; i++) z[i] = fma(x[i], y[i], z[i]); return z; }
+#endif
+INLINE doubles over(doubles s, double W, double r) {
+#ifdef __FP_FAST_FMA
+    const longs sign = (longs){0} + INT64_MIN;
+    doubles q = s * r, y = FUSED(FUSED(-q, (doubles){0} + W, s), (doubles){0} + r, q);
+    return (doubles)(((longs)y & ~sign) | ((longs)q & sign));
+#else
+    return s / W;
+#endif
+}
+"""
+
+# %% ../nbs/21a_kernels.ipynb #ddf9b1c3
+_LINEAR = r'''
+#define HALF(x) (h % 2 ? two_REAL(x + h / 2 * 8) : one_REAL(x + h / 2 * 8))
+#define EACH for (int h = 0; h < 4; h++)
+INLINE int sixteen_REAL(REAL *o, const REAL *base, const REAL *const *x, int64_t at, const double *a, int64_t T, double c,
+                        double lam, double W, double r, int quick) {
+    doubles s[4], b[4], off = {0};
+    if (base) EACH b[h] = HALF(base);
+    for (int64_t t = 0; t < T; t++) EACH {
+        doubles v = HALF(x[t] + at);
+        if (base) v -= b[h];
+        v *= a[t];
+        s[h] = t ? s[h] + v : v;
+    }
+    if (base && c) EACH s[h] += b[h] * c;
+    if (lam != 1) EACH s[h] *= lam;
+    if (quick) EACH s[h] = over(s[h], W, r);
+    else if (W != 1) EACH s[h] /= W;
+    if (base) EACH s[h] += b[h];
+    EACH off += s[h] - s[h];                          /* not zero where a sum is not finite */
+    write_REAL(o, s[0], s[1]); write_REAL(o + 8, s[2], s[3]);
+    return off[0] != 0 || off[1] != 0 || off[2] != 0 || off[3] != 0;
+}
+#undef EACH
+#undef HALF
+'''
+
+# %% ../nbs/21a_kernels.ipynb #2d90c6be
+_LINEAR += r'''
+int64_t linear_REAL(REAL *restrict out, const REAL *restrict base, const REAL *const *experts, const double *a,
+                    int64_t T, int64_t n, double c, double lam, double W) {
+    double r = 1 / W;
+    int64_t bad = 0, at = 0, quick = W != 1 && (float)W == W && fabs(W) > 1e-9 && fabs(W) < 1e9;
+#define FUSE(o, base, x, at, T) bad |= sixteen_REAL(o, base, x, at, a, T, c, lam, W, r, quick)
+#define ALL(base, T) for (; at + 16 <= n; at += 16) FUSE(out + at, base, experts, at, T)
+    if (!base && T == 2) ALL(0, 2); /* few experts stay in registers */
+    else if (!base && T == 3) ALL(0, 3);
+    else if (!base) ALL(0, T);
+    else if (T == 2) ALL(base + at, 2);
+    else if (T == 3) ALL(base + at, 3);
+    else ALL(base + at, T);
+    if (at < n) { /* the last ones, with zeros behind them */
+        REAL end[16], held[16 * (T + 1)];
+        const REAL *x[T];
+        memset(held, 0, sizeof held);
+        for (int64_t t = 0; t < T; t++) x[t] = memcpy(held + 16 * t, experts[t] + at, (n - at) * sizeof(REAL));
+        if (base) memcpy(held + 16 * T, base + at, (n - at) * sizeof(REAL));
+        FUSE(end, base ? held + 16 * T : 0, x, 0, T);
+        memcpy(out + at, end, (n - at) * sizeof(REAL));
+    }
+    return bad;
+}
+#undef ALL
+#undef FUSE
+'''
+
+# %% ../nbs/21a_kernels.ipynb #e06b7a15
+PIECE = 2048 # products that are folded into one number
 
 # %% ../nbs/21a_kernels.ipynb #9c7404ed
 _DOTS = r"""
