@@ -328,7 +328,8 @@ def join_benchmarks(
     new = {place(r): r for r in later['rows'] if {'best', 'over'} & r.keys()}
     cases = sorted({f"{r['case']} {r['size'][0]}×{r['size'][1]}" for r in new.values()})
     rows = [new.pop(place(r), r) for r in record['rows']] + list(new.values())
-    return dict(about=record['about'] | dict(later=[*record['about'].get('later', []), later['about'] | dict(cases=cases)]), rows=rows)
+    runs = [*record['about'].get('later', []), later['about'] | dict(cases=cases)]
+    return dict(about=record['about'] | dict(later=runs), rows=rows)
 
 
 # %% ../nbs/19_benchmarks.ipynb #cf65ed2d
@@ -439,7 +440,7 @@ def benchmark_runs(
     first = dict(cases='all others' if record['about'].get('later') else 'all')
     runs = [first | record['about'], *record['about'].get('later', [])]
     cases = [a['cases'] if isinstance(a['cases'], str) else ', '.join(a['cases']) for a in runs]
-    return pd.DataFrame([dict(cases=c, repeats=a.get('repeats'), limit=a.get('limit'), load=a.get('load')) for c, a in zip(cases, runs)])
+    return pd.DataFrame([dict(cases=c) | {k: a.get(k) for k in ('repeats', 'limit', 'load')} for c, a in zip(cases, runs)])
 
 
 # %% ../nbs/19_benchmarks.ipynb #681c7e6e
