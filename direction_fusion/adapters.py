@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import xxhash
 from torch import Tensor
-from .checkpoints import Checkpoint, Meta, View, locate, open_checkpoint, raw, read_json
+from .checkpoints import Checkpoint, Meta, View, hub_name, locate, open_checkpoint, raw, read_json
 from .core import _VOCABULARY, is_fusable, named_roles, tied_names
 from .geometry import thin_svd
 from .writing import save_tensors, take_back
@@ -307,7 +307,7 @@ def _is_adapter(path:Path)->bool: # a folder with an adapter in it
     return path.is_dir() and (path/'adapter_config.json').is_file()
 
 def open_expert(
-    source:str|os.PathLike|Checkpoint, # model or adapter (folder or hub name), 'model+adapter', or an open checkpoint
+    source:str|os.PathLike|Checkpoint, # model or adapter (folder or `name@revision` of the hub), 'model+adapter', or opened
     base:Checkpoint|None=None,         # what an adapter alone is put on
     name:str|None=None,                # how messages call it; as `source` unless said
 )->Checkpoint:
@@ -319,7 +319,7 @@ def open_expert(
         model, adapter = next((c for c in reversed(cuts) if _is_adapter(Path(c[1]).expanduser())), cuts[-1])
         return AdaptedCheckpoint(open_expert(model, base), read_adapter(locate(adapter), adapter), name)
     path = locate(source)
-    if not _is_adapter(path): return open_checkpoint(source, name)
+    if not _is_adapter(path): return open_checkpoint(path, name)
     if any(path.glob('model*.safetensors')) or any(path.glob('pytorch_model*.bin')):
         raise ValueError(f"{name} holds both a model and an adapter; name the weight file, or {name}+{name} for both")
     if base is None: raise ValueError(f"{name} is an adapter alone; pass its base, or write it as model+adapter")
@@ -387,7 +387,10 @@ def _config(adapter, tensors, whole, base_name, prefix)->dict: # adapter_config.
     ranks = {prefix + k.removesuffix('.weight'): f.A.shape[0] for k, f in adapter.factors.items()}
     most = max(ranks.values(), key=list(ranks.values()).count)
     exact = {f'^{re.escape(m)}': r for m, r in ranks.items() if r != most}
-    return dict(peft_type='LORA', base_model_name_or_path=base_name or adapter.base_name,
+    where = base_name or adapter.base_name
+    where, revision = hub_name(where) or (where, None) # PEFT keeps them apart
+    return dict(peft_type='LORA', base_model_name_or_path=where,
+                revision=revision or (None if base_name else adapter.config.get('revision')),
                 task_type=adapter.config.get('task_type'), r=most, lora_alpha=most, rank_pattern=exact, alpha_pattern=exact,
                 use_rslora=False,
                 use_dora=any(f.magnitude is not None for f in adapter.factors.values()), target_modules=sorted(ranks),

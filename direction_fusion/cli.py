@@ -158,7 +158,7 @@ def _bar(what:str): # a progress bar on the terminal; gives a function (done, to
 # %% ../nbs/30_cli.ipynb #6614097e
 @app.command()
 def fuse(
-    models:Annotated[list[str], typer.Argument(help='the base, then the experts; or one recipe file (.yaml)')],
+    models:Annotated[list[str], typer.Argument(help='base and experts, each a folder or org/name@revision; or a recipe (.yaml)')],
     method:Annotated[str, typer.Option('--method', '-m', help='see `direction-fusion methods`')]='dora',
     out:Annotated[str, typer.Option('--out', '-o', help='folder that shall appear')]='fused',
     param:Annotated[list[str]|None, typer.Option('--param', '-p', help="hyper-parameter, e.g. 'lam=0.5'; may be repeated")]=None,

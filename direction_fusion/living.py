@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from .adapters import lora_adapter, open_expert, write_adapter
-from .checkpoints import Checkpoint, View, _is_kept, check_checkpoints, match_names, open_checkpoint, raw
+from .checkpoints import (Checkpoint, View, _is_kept, check_checkpoints, hub_name, match_names, open_checkpoint,
+                                          raw, short_name)
 from .core import _some, atomic_path, compute_dtype, fingerprint
 from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, step_state, unpack_state
 from .methods import METHODS, accepted
@@ -92,7 +93,7 @@ def ordered(f:Callable, items, threads:int=0)->Iterator: # f(item) for each item
 # %% ../nbs/26_living.ipynb #31ced797
 def read_about(
     folder:str|os.PathLike # of a living fusion
-)->dict:                   # method, params, names, weights, norms, ids, scale, roles, heads, seed, base, source
+)->dict:                   # method, params, names, weights, norms, ids, scale, roles, heads, seed, base, source, hub
     "What a living fusion says of itself, without reading its tensors."
     path = Path(folder)/STATE
     if not path.exists():
@@ -101,11 +102,12 @@ def read_about(
         with safe_open(path, 'pt') as f: about = json.loads((f.metadata() or {}).get('direction_fusion', '{}'))
     except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}); restore it, or fold the experts again") from None
     if about.get('format') != 2: raise ValueError(f"{path} holds no fusion state of format 2; fold the experts again")
-    return dict(copies={}, source=None, keep=False, left_out={}) | about
+    return dict(copies={}, source=None, hub=None, keep=False, left_out={}) | about
 
 def _base_of(about:dict, base, folder)->Checkpoint: # the base of a living fusion, or an error
     if not (base or about['source']): raise ValueError(f"{folder} does not say where its base lies: pass `base`")
-    try: base = base if isinstance(base, Checkpoint) else open_checkpoint(base or about['source'])
+    name = None if base else about['hub']
+    try: base = base if isinstance(base, Checkpoint) else open_checkpoint(base or about['source'], name)
     except FileNotFoundError as e: raise FileNotFoundError(f"the base of {folder} is not to be had ({e}); pass `base`") from None
     if about['keep']: base = without_heads(base)
     if (got := fingerprint(base)) != about['base']:
@@ -117,7 +119,7 @@ def _moved(about:Mapping)->list[str]: # the parameters that have a state of thei
     return [k for k in moving(about['roles'], about['heads']) if k not in about['copies']]
 
 def _called(e:Checkpoint)->str: # last part of what the user gave: a hub's folder is named by a commit, an adapter's is its base's
-    return (Path(e.name).name if Path(e.name).suffix not in ('.safetensors', '.bin') else '') or e.path.resolve().name
+    return (short_name(e.name) if Path(e.name).suffix not in ('.safetensors', '.bin') else '') or e.path.resolve().name
 
 # %% ../nbs/26_living.ipynb #db19d351
 def _steps(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, weight:float, remove:bool, threads:int):
@@ -200,7 +202,7 @@ def _check_new(about:dict, base:Checkpoint, expert:Checkpoint, name:str)->str: #
 # %% ../nbs/26_living.ipynb #21945c8c
 def add_expert(
     folder:str|os.PathLike,            # of the living fusion; made if need be
-    expert:str|Checkpoint,             # folder, file or hub name
+    expert:str|Checkpoint,             # folder, file or hub name, this also as `name@revision`
     base:str|Checkpoint|None=None,     # needed for the first expert, and when it has moved
     method:str|None=None,              # key of `METHODS`, a sequential one; 'dora' for a new fusion
     name:str|None=None,                # how the expert is called; its folder's name by default
@@ -247,7 +249,8 @@ def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mappi
     keep, heads, roles = heads == 'keep', 'base' if heads == 'keep' else heads, roles_of(base.meta, roles)
     moving(roles, heads)
     return dict(format=2, method=name, params=params, seed=seed, heads=heads, keep=keep, roles=roles, base=fingerprint(base),
-                source=str(base.path.resolve()), copies={}, names=[], weights=[], ids=[], norms=[], left_out={}, scale=1.)
+                source=str(base.path.resolve()), hub=base.name if hub_name(base.name) else None, copies={}, names=[], weights=[],
+                ids=[], norms=[], left_out={}, scale=1.)
 
 # %% ../nbs/26_living.ipynb #6363f6b8
 def remove_expert(
@@ -294,7 +297,7 @@ def _recipe(about:dict, base:Checkpoint, **more)->dict: # what `fuse` would be g
     rows = [n if w == 1 else dict(model=n, weight=w) for n, w in zip(about['names'], about['weights'])]
     heads = 'keep' if about['keep'] else about['heads']
     more = dict(heads=None if heads == 'refuse' else heads, seed=about['seed'] or None) | more
-    return dict(method=about['method'], base=_called(base), experts=rows, parameters=about['params']) | {
+    return dict(method=about['method'], base=about['hub'] or _called(base), experts=rows, parameters=about['params']) | {
         k: v for k, v in more.items() if v is not None}
 
 def _say(out:Path, about:dict, base:Checkpoint, folder:Path, outputs:Mapping, recipe:Mapping, **more)->dict:
@@ -306,9 +309,9 @@ def _say(out:Path, about:dict, base:Checkpoint, folder:Path, outputs:Mapping, re
     where = ': those of the experts are in ' + ', '.join(f'`{f}`' for f in heads) if heads else ''
     note = f'Task heads were not fused{where}.' * (about['heads'] == 'base')
     note += f" Left out: {'; '.join(f'{_some(ks)} of {n}' for n, ks in left.items())}." if left else ''
-    model_card(out, base.path.name, about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'], recipe,
+    model_card(out, _called(base), about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'], recipe,
                note=note)
-    inputs = [dict(role='base', name=base.path.name, fingerprint=about['base']),
+    inputs = [dict(role='base', name=_called(base), fingerprint=about['base']),
               *(dict(role='expert', name=n, fingerprint=i) | (dict(left_out=left[n]) if n in left else {})
                 for n, i in zip(about['names'], about['ids']))]
     return manifest(out, inputs, outputs, about['method'], about['params'], recipe, weights=about['weights'], seed=about['seed'],

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 import yaml
+from .checkpoints import short_name
 from .fusion import HEADS_ON_DISK
 from .methods import METHODS, accepted, check_params, get_method, hyperparameters
 
@@ -258,7 +259,7 @@ def _source(x, what:str)->str:
     return str(x)
 
 def _names(sources:Sequence[str])->tuple[str, ...]: # the last part of each source, or all of it where that is not unique
-    leaf = [s.rstrip('/').rsplit('/', 1)[-1] for s in sources]
+    leaf = [short_name(s) for s in sources]
     return tuple(n if leaf.count(n) == 1 else s for n, s in zip(leaf, sources))
 
 def _options(r:Mapping)->dict: # what both forms have in common
@@ -395,10 +396,20 @@ class _Slice(NamedTuple):
     sources:dict      # model → its parameters
     parameters:dict   # of the slice
 
+def _reference(x, what:str)->str: # a source, also in mergekit's longer form: model and lora, path and revision
+    if not isinstance(x, Mapping): return _source(x, what)
+    if 'path' in x:
+        path, revision = _source(_known(x, ('path', 'revision'), what)['path'], f'`path` of {what}'), x.get('revision')
+        return path if revision is None else f'{path}@{revision}'
+    if _known(x, ('model', 'lora', 'override_architecture'), what).get('override_architecture'):
+        _refuse(f"`override_architecture` of {what}", 'leave it out')
+    parts = [_reference(x.get(n), f'`{n}` of {what}') for n in ('model', 'lora') if n == 'model' or x.get(n) is not None]
+    return '+'.join(parts)
+
 def _models(rows, allowed, what)->dict: # model → row
     if not isinstance(rows, list) or not rows: raise ValueError(f"`{what}` must be a list with at least one model, got {rows!r}")
     rows = [_known(x, allowed, f"a model of `{what}`") for x in rows]
-    out = {_source(x.get('model'), f"`model` in `{what}`"): x for x in rows}
+    out = {_reference(x.get('model'), f"`model` in `{what}`"): x for x in rows}
     if len(out) < len(rows): raise ValueError(f"`{what}` lists a model twice; every input needs a source of its own")
     return out
 
@@ -435,7 +446,7 @@ def _inputs(peer:Peer, name:str, r:Mapping, slices:list)->tuple[str|None, list[s
     models = list(slices[0].sources)
     first, *rest = [s.get('base_model', r.get('base_model')) for s in r.get('slices') or [{}]]
     if any(b != first for b in rest): _refuse('a base that changes from slice to slice', 'give one `base_model`')
-    base = None if first is None else _source(first, '`base_model`')
+    base = None if first is None else _reference(first, '`base_model`')
     if base is None and peer.base in ('required', 'end'): raise ValueError(f"mergekit's {name} needs `base_model`")
     others = [m for m in models if m != base]
     if peer.base == 'input': return None, models + ([base] if base and base not in models else [])

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from torch import Tensor
 from . import __version__
 from .adapters import lora_adapter, open_expert, write_adapter
-from .checkpoints import Checkpoint, _is_kept, hasher, match_names, open_checkpoint, raw, tensor_digest
+from .checkpoints import (Checkpoint, _is_kept, hasher, match_names, open_checkpoint, raw, short_name,
+                                          tensor_digest)
 from .core import _some, compute_dtype
 from .fusion import HEADS_ON_DISK, merge_deltas, run_scan, run_survey, takes_rule
 from .kernels import (PIECE, ROOM, TYPES, collect as collected, count, dots, elect, elected, kth_key,
@@ -455,7 +456,7 @@ def input_digests(
 )->list[dict]:        # for fusion.json: role, name and the digest of every tensor, base first
     "Digests of all that goes into a fusion; `left_out` names what has no part in the result."
     models = [('base', request.base), *(('expert', e) for e in request.experts)]
-    out = [dict(role=r, name=Path(m.name).name, tensors=dict.fromkeys(m)) for r, m in models if not isinstance(m, ZeroBase)]
+    out = [dict(role=r, name=short_name(m.name), tensors=dict.fromkeys(m)) for r, m in models if not isinstance(m, ZeroBase)]
     def digest(o, m, ks):
         for k in ks: o['tensors'][k] = m.digest(k)
     def groups(m): # names of about 2²⁰ bytes together, since small parameters are many
@@ -556,9 +557,9 @@ def _as_recipe(request, base, opened, **more)->dict: # the request as a recipe o
 
 def _note(request, heads, labels)->str: # for the model card: what became of heads, and of labels
     models = request.base, *request.experts
-    if cut := [f"{', '.join(ls)} of {Path(m.name).name}" for m, ls in zip(models, labels) if ls]:
+    if cut := [f"{', '.join(ls)} of {short_name(m.name)}" for m, ls in zip(models, labels) if ls]:
         return f"Labels that the fused head lacks: {'; '.join(cut)}."
-    left = [f'{_some(ks)} of {Path(e.name).name}' for e, ks in zip(request.experts, left_out(request)) if ks]
+    left = [f'{_some(ks)} of {short_name(e.name)}' for e, ks in zip(request.experts, left_out(request)) if ks]
     if heads: return f"Task heads were not fused: those of the experts are in {', '.join(f'`{f}`' for f in heads)}."
     return f"Not fused: {'; '.join(left)}." if left else ''
 
@@ -577,7 +578,7 @@ def _write_out(request, opened, out, max_shard, overwrite, threads, heads, match
         files = list(split_heads(w.part, opened).values()) if heads == 'keep' else []
         kept = {f.relative_to(w.part).as_posix(): {k: ck.digest(k) for k in ck} for f in files for ck in [open_checkpoint(f)]}
         m, shown = request.method, {'by': 'parameter'} if request.at else request.params
-        model_card(w.part, Path(request.base.name).name, [Path(e.name).name for e in request.experts],
+        model_card(w.part, short_name(request.base.name), [short_name(e.name) for e in request.experts],
                    dict(title=m.title, cite=m.cite, variant=m.variant), shown, recipe, note=_note(request, kept, labels))
         return manifest(w.part, inputs, {k: w.digests[k] for k in w.plan}, request.name, shown, recipe,
                         weights=list(request.weights), seed=request.seed, heads=heads, **dict(head_files=kept) if kept else {},
@@ -607,7 +608,7 @@ def _write_adapter(request, out, r, threads, recipe, advance, labels=())->dict: 
     adapter, left = lora_adapter(merged_deltas(request, out.parent, count), request.roles, r, request.base)
     write_adapter(out, adapter, request.base.name, base=request.base, overwrite=True) # `check_out` has allowed it
     m, made = request.method, _adapter_digests(out)
-    model_card(out, Path(request.base.name).name, [Path(e.name).name for e in request.experts],
+    model_card(out, short_name(request.base.name), [short_name(e.name) for e in request.experts],
                dict(title=m.title, cite=m.cite, variant=m.variant), request.params, recipe, note=_note(request, (), labels))
     inputs = _inputs(request, threads, labels)
     return manifest(out, inputs, made, request.name, request.params, recipe,

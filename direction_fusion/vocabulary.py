@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from .checkpoints import Checkpoint, View, open_checkpoint, read_json, tensor_digest
+from .checkpoints import Checkpoint, View, open_checkpoint, read_json, short_name, tensor_digest
 from .writing import save_tensors
 from .core import _some, atomic_path
 
@@ -516,7 +516,7 @@ _FACTS = 'architectures', 'model_type', 'hidden_size', 'problem_type' # of confi
 
 def head_file(name:str)->str: # of an expert → path in the fused model
     "Where the head of an expert lies."
-    return f"heads/{re.sub(r'[^A-Za-z0-9_.-]+', '_', Path(name).name)}.safetensors"
+    return f"heads/{re.sub(r'[^A-Za-z0-9_.-]+', '_', short_name(name))}.safetensors"
 
 def head_files(
     experts:Sequence[Checkpoint], # models with task heads

@@ -9,14 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import RevisionNotFoundError
 from safetensors.torch import save_file
 from test_checkpoints import call
 
 from direction_fusion.checkpoints import open_checkpoint
+from direction_fusion.streaming import fuse_checkpoints
 from direction_fusion.writing import ShardWriter
 
 STATE = {'a.weight': torch.arange(12.).view(3, 4), 'a.bias': torch.ones(3).bfloat16(), 'n': torch.tensor(7)}
@@ -112,6 +115,7 @@ def test_reading_takes_no_memory_of_its_own(tmp_path):
     code = f'''
 import resource
 from direction_fusion.checkpoints import open_checkpoint
+from direction_fusion.streaming import fuse_checkpoints
 def anonymous(): return sum(int(s.split()[1]) for s in open('/proc/self/smaps_rollup') if s.startswith('Anonymous:')) / 1024
 ck = open_checkpoint({str(tmp_path/'large.safetensors')!r})
 ck['w0'].sum(), ck.digest('w0')
@@ -388,3 +392,116 @@ def test_commands_on_a_disk_that_is_full(world):
         refuses("no room for 'fused'", 'export', 'state', '-o', 'small/fused')
         assert os.listdir(small) == []
     finally: subprocess.run(['umount', '-l', small], check=True)
+
+
+# Names of the hub
+
+@pytest.fixture
+def hub(world, monkeypatch):
+    "A hub without a network: org/base, org/chat and the adapter org/lora, each by three revisions; what was asked of it."
+    asked = []
+    for r, t in dict(main=1, v1=2, refs_pr_1=3).items():
+        model(world/'hub'/f'base {r}', toy(10 * t))
+        model(world/'hub'/f'chat {r}', toy(10 * t + 1))
+        adapter(world/'hub'/f'lora {r}', scale=float(t))
+    def snapshot_download(name, revision=None, allow_patterns=None, ignore_patterns=None):
+        asked.append((name, revision))
+        org, _, kind = name.partition('/')
+        folder = world/'hub'/f"{kind} {(revision or 'main').replace('/', '_')}"
+        if org != 'org': raise OSError('no such model')
+        if not folder.exists(): raise RevisionNotFoundError('404 Client Error', response=Mock(headers={}))
+        return str(folder)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+    return asked
+
+
+def weights(folder): return dict(open_checkpoint(folder))
+def mean(*states): return {k: sum(s[k].double() for s in states).div(len(states)).float() for k in NAMES}
+
+
+def is_mean(folder, *states):
+    for k, x in mean(*states).items(): torch.testing.assert_close(weights(folder)[k], x)
+
+
+OURS = """method: soft_soup
+base: org/base@v1
+experts: [org/chat@v1, {model: org/chat@refs/pr/1, weight: 1}]
+"""
+THEIRS = """merge_method: linear
+base_model: org/base@v1
+models:
+- {model: org/chat@v1, parameters: {weight: 1}}
+- model: {model: {path: org/chat, revision: refs/pr/1}}
+  parameters: {weight: 1}
+parameters: {weight: 1}
+"""
+
+
+def test_revisions_on_the_command_line_in_recipes_and_from_python(world, hub):
+    chats, names = ['org/chat@v1', 'org/chat@refs/pr/1'], ['chat@v1', 'chat@refs/pr/1']
+    assert call('fuse', 'org/base@v1', *chats, '-m', 'soft_soup', '-o', 'a')[0] == 0
+    assert set(hub) == {('org/base', 'v1'), ('org/chat', 'v1'), ('org/chat', 'refs/pr/1')}
+    (world/'ours.yaml').write_text(OURS)
+    assert call('fuse', 'ours.yaml', '-o', 'b')[0] == 0
+    fuse_checkpoints(open_checkpoint('org/base', revision='v1'), [open_checkpoint('org/chat', revision=r) for r in ('v1', 'refs/pr/1')],
+                     'soft_soup', 'c')
+    for out in 'abc':
+        is_mean(out, toy(21), toy(31))
+        said, card = json.loads((world/out/'fusion.json').read_text()), (world/out/'README.md').read_text()
+        assert [i['name'] for i in said['inputs']] == ['base@v1', *names], out
+        assert (said['recipe']['base'], [e if isinstance(e, str) else e['model'] for e in said['recipe']['experts']]) == (
+            'org/base@v1', chats), out
+        for n in ('org/base@v1', *chats, *(f'| {n} |' for n in names)): assert n in card, (out, n)
+    (world/'theirs.yaml').write_text(THEIRS)
+    assert call('fuse', 'theirs.yaml', '-o', 'd')[0] == 0
+    is_mean('d', toy(21), toy(31), toy(20)) # the base of mergekit's linear is one of the inputs
+    assert call('fuse', 'org/base', 'org/chat', 'org/chat@v1', '-m', 'soft_soup', '-o', 'e')[0] == 0
+    is_mean('e', toy(11), toy(21))
+
+
+def test_revisions_of_adapters(world, hub):
+    def adapted(x, t): return x | {'h.0.weight': x['h.0.weight'] + t * 2}
+    assert call('fuse', 'org/base@v1', 'org/lora@v1', 'org/base@v1+org/lora@refs/pr/1', '-m', 'soft_soup', '-o', 'a')[0] == 0
+    is_mean('a', adapted(toy(20), 2), adapted(toy(20), 3))
+    assert [i['name'] for i in json.loads((world/'a'/'fusion.json').read_text())['inputs']] == ['base@v1', 'lora@v1', 'lora@refs/pr/1']
+    assert call('fuse', 'org/base@v1', 'org/lora@v1', '-m', 'soft_soup', '--adapter-rank', 2, '-o', 'b')[0] == 0
+    config = json.loads((world/'b'/'adapter_config.json').read_text())
+    assert (config['base_model_name_or_path'], config['revision']) == ('org/base', 'v1') # as PEFT wants them
+
+
+def test_revisions_in_a_living_fusion(world, hub):
+    assert call('add', 'state', 'org/chat@v1', '--base', 'org/base@v1', '-m', 'soft_soup')[0] == 0
+    code, out, _ = call('add', 'state', 'org/chat@refs/pr/1')
+    assert code == 0 and 'chat@v1, chat@refs/pr/1' in out
+    assert call('export', 'state', '-o', 'a')[0] == 0
+    is_mean('a', toy(21), toy(31))
+    said = json.loads((world/'a'/'fusion.json').read_text())
+    assert [i['name'] for i in said['inputs']] == ['base@v1', 'chat@v1', 'chat@refs/pr/1'] and said['recipe']['base'] == 'org/base@v1'
+    assert '| base | base@v1 |' in (world/'a'/'README.md').read_text()
+    refuses("'chat' is not in this fusion; experts: chat@v1, chat@refs/pr/1", 'remove', 'state', 'org/chat')
+    assert call('remove', 'state', 'org/chat@v1')[0] == 0
+    refuses('was made with a base of fingerprint', 'export', 'state', '--base', 'org/base', '-o', 'b')
+    assert call('export', 'state', '--base', 'org/base@v1', '--adapter-rank', 2, '-o', 'b')[0] == 0
+    config = json.loads((world/'b'/'adapter_config.json').read_text())
+    assert (config['base_model_name_or_path'], config['revision']) == ('org/base', 'v1')
+
+
+@pytest.mark.parametrize('expert, says', {
+    'org/chat@': 'expected a branch, tag or commit after the @, got nothing; write one, or leave the @ out',
+    'org/base+org/lora@': 'expected a branch, tag or commit after the @, got nothing',
+    'org/chat@v9': "org/chat has no branch, tag or commit 'v9' on the hub",
+    'else/chat@v1': 'else/chat@v1: no folder here, and not to be had from the hub (no such model)',
+    'good@v1': "`revision` is for names of the hub, got 'v1' for 'good', which is here",
+    './bad@v1': './bad@v1: no such file or folder'}.items())
+def test_revisions_that_are_not_to_be_had(world, hub, expert, says):
+    refuses(says, 'fuse', 'base', expert, '-o', 'fused')
+    refuses(says, 'add', 'state', expert, '--base', 'base')
+    refuses(says, 'inspect', 'base', expert)
+
+
+def test_a_folder_with_an_at_in_its_name_wins(world, hub):
+    model(world/'org'/'chat@v1', toy(5))
+    model(world/'good@v1', toy(6))
+    assert call('fuse', 'base', 'org/chat@v1', 'good@v1', '-m', 'soft_soup', '-o', 'fused')[0] == 0
+    is_mean('fused', toy(5), toy(6))
+    assert not hub
