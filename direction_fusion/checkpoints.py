@@ -383,6 +383,19 @@ class Match(NamedTuple):
 _CONSTANT = re.compile(r'(?:^|\.)(?:position_ids|relative_position_index|attn\.(?:masked_)?bias|'
                        r'rotary_emb\.(?:original_)?inv_freq)$')
 
+_POOLER = re.compile(r'(\w+\.)?pooler\.').match
+_WORDS = re.compile(r'(?:cls|\w*lm_head|lm_loss|pred_layer|(?:\w+_)?predictions|vocab_(?:transform|layer_norm|projector)|'
+                    r'proj_out|embed_out|output_projection)\.|decoder\.(?:weight|bias)$|final_logits_bias$').match
+
+def _upper(k:str)->re.Match|None: return _POOLER(k) or _WORDS(k) # what lies above a body, besides task heads
+
+_APART = 'fuse models that tie and models that do not apart'
+
+def _untied(base:Checkpoint, e:Checkpoint)->str: # what to do where only one of them has an output layer of its own
+    ties = {c.config.get('tie_word_embeddings') for c in (base, e)}
+    return f"; one ties its output layer to its input table, one does not: {_APART}" if ties == {True, False} and all(
+        _WORDS(k) for k in base.meta.keys() ^ e.meta.keys()) else ''
+
 def _is_kept(k:str, m:Meta)->bool: # a real bias called attn.bias is 1-D
     return not m.dtype.is_floating_point or bool(_CONSTANT.search(k)) and not (k.endswith('attn.bias') and len(m.shape) == 1)
 
@@ -414,22 +427,22 @@ def _copies(base:Checkpoint, experts:Sequence[Checkpoint])->dict[str, str]: # na
         for e in lacking:
             if owner is None or not _may_tie(e, k):
                 raise ValueError(f"{_who(base, e)} lacks {_some(k for k in base if k not in e)}, which the base has"
-                                 + (_hint(base, e) or f'; {_ALIKE}'))
+                                 + (_untied(base, e) or _hint(base, e) or f'; {_ALIKE}'))
         free = [e for e in experts if k in e and not (owner and _tied(e, k, owner))]
         if lacking and free:
             raise ValueError(f"{free[0].name}, {k!r}: differs from {owner!r}, to which {lacking[0].name} ties it; "
-                             "fuse models that tie and models that do not apart")
+                             f"{_APART}")
         if owner and not free: out[k] = owner
     for e in experts:
         for k in [k for k in e if k not in base and not _is_kept(k, e.meta[k])]:
             if not _may_tie(base, k) or _owner(e, k, base) is None:
-                raise ValueError(f"{_who(base, e)} has {_some(k for k in e if k not in base)}, which the base lacks; "
-                                 f"{_apart(e, k)}{_hint(base, e)}")
+                raise ValueError(f"{_who(base, e)} has {_some(k for k in e if k not in base)}, which the base lacks"
+                                 + (_untied(base, e) or f'; {_apart(e, k)}{_hint(base, e)}'))
     return out
 
 def _apart(e:Checkpoint, k:str)->str: # what to do about a parameter that the base has no place for
     if e.roles[k] == 'head': return 'keep task heads apart from the fused weights'
-    return 'choose a base that has a place for it' if _UPPER(k) else _ALIKE
+    return "choose a base that has a place for it, or leave it out with heads='base'" if _upper(k) else _ALIKE
 
 def _who(base:Checkpoint, e:Checkpoint)->str: # the expert's name, and its class where that differs
     a, b = (', '.join(c.config.get('architectures') or ['']) for c in (base, e))
@@ -437,8 +450,10 @@ def _who(base:Checkpoint, e:Checkpoint)->str: # the expert's name, and its class
 
 def _hint(base:Checkpoint, e:Checkpoint)->str:
     if match_names(base, e) is not e: return '; only a prefix of the names differs: `match_names(base, expert)` puts that right'
-    both = any(k not in e for k in base) and any(k not in base for k in e)
-    return '; if only names differ, load and save both with one version of transformers' if both else ''
+    lacking, more = [k for k in base if k not in e], [k for k in e if k not in base]
+    if lacking and all(map(_upper, lacking)) and _other_class(base, e):
+        return "; leave the base's as it is with heads='base' or 'keep', or choose a base of the experts' class"
+    return '; if only names differ, load and save both with one version of transformers' if lacking and more else ''
 
 # %% ../nbs/20_checkpoints.ipynb #0a8002d3
 _MEANING = ('model_type', 'num_attention_heads', 'num_key_value_heads', 'n_head', 'num_heads', 'hidden_act',
@@ -477,14 +492,14 @@ def _check_distinct(cks:Sequence[Checkpoint], first:str)->None: # `first`: what 
 _ONCE = 'give each model once, with a larger weight if it shall count more'
 
 # %% ../nbs/20_checkpoints.ipynb #6513f71d
-_UPPER = re.compile(r'(?:\w+\.)?pooler\.|(?:cls|lm_head|vocab_(?:transform|layer_norm|projector)|\w+_predictions)\.').match
+def _other_class(base:Checkpoint, e:Checkpoint)->bool: # whether `e` may lack what lies above the base's body
+    return e.config.get('architectures') != base.config.get('architectures') or 'head' in e.roles.values()
 
 def _heads(base:Checkpoint, experts:Sequence[Checkpoint], roles:Mapping)->set[str]: # what stays the base's with its task head
     out, parts, shared = {k for k in base if roles[k] == 'head'}, {}, [o for o in base if all(o in e for e in experts)]
     for k in base:
-        if (m := _UPPER(k)) and _owner(base, k, shared) is None: parts.setdefault(m[0], []).append(k)
-    kind = lambda m: m.config.get('architectures')
-    other = [e for e in experts if kind(e) != kind(base) or 'head' in e.roles.values()]
+        if (m := _upper(k)) and _owner(base, k, shared) is None: parts.setdefault(m[0], []).append(k)
+    other = [e for e in experts if _other_class(base, e)]
     return out.union(*(ks for ks in parts.values() if any(not any(k in e for k in ks) for e in other)))
 
 def check_checkpoints(

@@ -29,7 +29,8 @@ from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, s
 from .methods import METHODS, accepted
 from .request import DTYPES, n_cores, one_thread, read_deltas, run_all, shared_names, tally
 from .streaming import _adapter_digests, fitted
-from .vocabulary import head_file, head_parameters, match_tokens, pooler_with_head, split_heads, without_heads
+from .vocabulary import (_labelled, head_file, head_parameters, match_tokens, pooler_with_head, split_heads,
+                                         without_heads)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 
 # %% ../nbs/26_living.ipynb #882cb7a7
@@ -171,7 +172,7 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
 # %% ../nbs/26_living.ipynb #98725b97
 def _check_tokens(base:Checkpoint, expert:Checkpoint)->Checkpoint: # `expert`, if its rows are those of the base's tokens
     if match_tokens(base, [expert], 'base').same: return expert
-    heads = ' --heads fuse' * bool(head_parameters(expert))
+    heads = ' --heads fuse' if _labelled(expert) else ' --heads base' if head_parameters(expert) else ''
     raise ValueError(f"{expert.name} has other tokens than the base, whose rows a living fusion keeps: fuse all experts at once "
                      "with `direction-fusion fuse BASE EXPERTS --tokens union`, or add what this makes of it: `direction-fusion "
                      f"fuse BASE {expert.name} -m soft_soup --tokens base{heads} -o NEW`")

@@ -36,8 +36,9 @@ from .request import (CHUNK, DTYPES, Cast, Request, ZeroBase, check_finite, make
                                       row_ranges, run_all, tally, witnessed)
 from .soup import gram_scan
 from .sparse import ties, ties_scan, ties_survey
-from .vocabulary import (LABEL_MODES, MODES, RowMatch, align_labels, align_tokens, head_files, head_parameters,
-                                         match_labels, pooler_with_head, split_heads, without_heads, write_tokenizer)
+from .vocabulary import (LABEL_MODES, MODES, RowMatch, _check_kept, align_labels, align_tokens, head_files,
+                                         head_parameters, match_labels, pooler_with_head, split_heads, without_heads,
+                                         write_tokenizer)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card, overflowed, round_to
 
 # %% ../nbs/25_streaming.ipynb #fd087479
@@ -502,10 +503,12 @@ def arrange(
                          "heads/, 'base' leaves the base's, 'fuse' fuses them by label")
     if heads == 'keep':
         head_files(experts) # before any work is done, an error if they cannot be written
-        base, experts = base and without_heads(base), [without_heads(e) for e in experts]
+        kept, base, experts = experts, base and without_heads(base), [without_heads(e) for e in experts]
     if base is None: return base, list(experts), None
     if heads == 'fuse' and any(head_parameters(e) for e in experts): base, experts, _ = align_labels(base, experts, labels)
-    return align_tokens(base, experts, tokens)
+    aligned = align_tokens(base, experts, tokens)
+    if heads == 'keep': _check_kept(kept, aligned[2])
+    return aligned
 
 # %% ../nbs/25_streaming.ipynb #97c6aa3e
 def fuse_checkpoints(

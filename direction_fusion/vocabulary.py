@@ -23,9 +23,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from .checkpoints import Checkpoint, View, open_checkpoint, read_json, short_name, tensor_digest
+from .checkpoints import (_POOLER, _WORDS, Checkpoint, View, _may_tie, _owner, open_checkpoint, read_json,
+                                          short_name, tensor_digest)
 from .writing import save_tensors
-from .core import _some, atomic_path
+from .core import _some, atomic_path, named_roles
 
 # %% ../nbs/24_vocabulary.ipynb #aa9bfc32
 MODES = 'agree', 'base', 'union', 'intersection'
@@ -187,6 +188,7 @@ def token_parameters(
     V, = sizes
     def axis(k, shape):
         if tables.get(k) == V: return 0
+        if checkpoint.roles[k] == 'head': return None
         beside = f"{k.removesuffix('bias')}weight" in tables or k.endswith(('lm_head.bias', 'predictions.bias'))
         if k.endswith('logits_bias') and shape == (1, V): return 1
         return 0 if k.endswith('bias') and shape == (V,) and beside else None
@@ -464,6 +466,9 @@ def head_parameters(
     "The parameters with role `head`."
     return sorted(k for k, r in checkpoint.roles.items() if r == 'head')
 
+def _labelled(checkpoint:Checkpoint)->list[str]: # the head without what only goes with it: empty for a language model
+    return [k for k in head_parameters(checkpoint) if named_roles({k: checkpoint.meta[k]})[k] == 'head']
+
 def without_heads(
     checkpoint:Checkpoint, # a model
 )->Checkpoint:             # the same without its task head
@@ -481,7 +486,7 @@ def label_names(
     checkpoint:Checkpoint,       # a model with a task head
 )->tuple[list[str], list[str]]:  # names in row order (LABEL_0 … if config.json has none); parameters with a row per label
     "The labels of a task head, and where their rows are."
-    heads, known = head_parameters(checkpoint), _label_map(checkpoint.config)
+    heads, known = _labelled(checkpoint), _label_map(checkpoint.config)
     n = len(known) or checkpoint.config.get('num_labels')
     weights = {k: checkpoint.meta[k].shape[0] for k in heads if len(checkpoint.meta[k].shape) > 1}
     last = [k for k, size in weights.items() if n in (None, size)]
@@ -496,23 +501,37 @@ def label_names(
     return names, [k for k in (last[0], last[0].removesuffix('weight') + 'bias') if k in heads]
 
 # %% ../nbs/24_vocabulary.ipynb #b3d07e15
-_POOLER = re.compile(r'(\w+\.)?pooler\.').match
-
 def pooler_with_head(
     base:Checkpoint,   # base model
     expert:Checkpoint, # under the base's names
-    keep:bool=False    # the head will lie in a file of its own: only where there is one
-)->Checkpoint:         # `expert`, or a view on it whose head has the pooler too, named as it is beside the base's parameters
-    "A pooler lies between the body and the head: where the base has none, it goes the way of the expert's head."
-    own = [k for k in expert if _POOLER(k) and k not in base]
-    if not own or keep and not head_parameters(expert): return expert
-    plain = lambda k: k.removeprefix(p) if (p := _POOLER(k)[1] or '') and not any(b.startswith(p) for b in base) else k
+    keep:bool=False    # heads will lie in files of their own: a pooler goes along where there is one, and is no head itself
+)->Checkpoint:         # `expert`, or a view on it whose head has this too, named as it is beside the base's parameters
+    "What the base lacks above its body goes the way of the expert's head: a pooler, or the head of a language model."
+    words = [k for k in expert if _WORDS(k)]
+    if any(k in base for k in words) or expert.config.get('architectures') == base.config.get('architectures'): words = []
+    tied = lambda k: _may_tie(expert, k) and _owner(expert, k, base) is not None # follows the table, wherever that goes
+    words = [k for k in words if not tied(k)]
+    own = words + [k for k in expert if _POOLER(k) and k not in base]
+    if not own or keep and not (words or head_parameters(expert)): return expert
+    def plain(k):
+        p = (m := _POOLER(k)) and m[1] or ''
+        return k.removeprefix(p) if p and not any(b.startswith(p) for b in base) else k
     view = View(expert, {plain(k) if k in own else k: k for k in expert})
     view.roles = expert.roles | {plain(k): 'head' for k in own}
     return view
 
+def _check_kept(
+    experts:Sequence[Checkpoint], # with the heads that are kept apart
+    match:RowMatch                # of the tokens
+)->None:
+    "`ValueError` where a head has a row per token, and the fused model other rows."
+    odd = {e.name: k for e in experts for k in head_parameters(e) if _WORDS(k) and k not in _labelled(e)}
+    for n, k in odd.items() if not match.same else ():
+        raise ValueError(f"{n}: its head, {k!r} among it, has a row per token, and tokens={match.mode!r} changes rows; "
+                         "leave it out with heads='base'")
+
 # %% ../nbs/24_vocabulary.ipynb #44dfa985
-_FACTS = 'architectures', 'model_type', 'hidden_size', 'problem_type' # of config.json, that go with a head
+_FACTS = 'architectures', 'model_type', 'hidden_size', 'problem_type', 'tie_word_embeddings' # of config.json, with a head
 
 def head_file(name:str)->str: # of an expert → path in the fused model
     "Where the head of an expert lies."
@@ -522,7 +541,7 @@ def head_files(
     experts:Sequence[Checkpoint], # models with task heads
 )->dict[str, str]:                # expert → name of its file; experts without a head are absent
     "Where the heads will lie; `ValueError` for those that cannot be told apart, or whose rows have no labels."
-    files = {e.name: head_file(e.name) for e in experts if head_parameters(e) and label_names(e)}
+    files = {e.name: head_file(e.name) for e in experts if head_parameters(e) and (not _labelled(e) or label_names(e))}
     if len(set(files.values())) < len(files):
         raise ValueError(f"heads are named after the experts' folders, which must differ, got {', '.join(map(str, files))}")
     return files
@@ -535,7 +554,8 @@ def split_heads(
     held, files = {e.name: e for e in experts}, {n: Path(out)/f for n, f in head_files(experts).items()}
     for n, file in files.items():
         e = held[n]
-        about = {f: e.config.get(f) for f in _FACTS} | dict(expert=n, labels=label_names(e)[0])
+        about = {f: e.config.get(f) for f in (_FACTS[:-1] if _labelled(e) else _FACTS)}
+        about |= dict(expert=n, labels=label_names(e)[0] if _labelled(e) else []) # a language model's rows have no labels
         with atomic_path(file) as p: save_tensors({k: e[k] for k in head_parameters(e)}, p, direction_fusion=json.dumps(about))
     return files
 
@@ -546,7 +566,8 @@ def read_head(
     with safe_open(file, 'pt') as f:
         about, head = json.loads((f.metadata() or {}).get('direction_fusion', '{}')), {k: f.get_tensor(k) for k in f.keys()}
     if 'labels' not in about: raise ValueError(f"{file} holds no task head; pass a file written by `split_heads`")
-    return head, {f: about[f] for f in _FACTS if about[f]} | _label_config(about['labels'])
+    facts, labels = {f: about[f] for f in _FACTS if about.get(f) is not None}, about['labels']
+    return head, facts | (_label_config(labels) if labels else {})
 
 def _label_config(labels:Sequence[str])->dict: # settings of config.json for these labels
     return dict(id2label={str(i): n for i, n in enumerate(labels)}, label2id={n: i for i, n in enumerate(labels)})

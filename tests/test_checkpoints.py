@@ -21,7 +21,14 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from direction_fusion import streaming, writing
 from direction_fusion.adapters import open_expert
@@ -749,6 +756,129 @@ def test_heads_that_cannot_be_told_apart(headed, tmp_path):
     assert call('add', tmp_path/'state', bad, '--base', headed/'body', '--heads', 'keep')[0] == 2
     assert sorted(os.listdir(tmp_path)) == before
 
+
+# Heads of language models
+
+HEAD, DECODER = 'cls.predictions.transform.dense.weight', 'cls.predictions.decoder'
+TABLE = 'bert.embeddings.word_embeddings.weight'
+
+
+@pytest.fixture(scope='session')
+def words(tmp_path_factory):
+    "One BERT, moved: masked language models (`old`: with the tied layer in the file; `free`: untied), bodies, classifiers."
+    root = tmp_path_factory.mktemp('words')
+    classes = dict(tied='BertForMaskedLM', free='BertForMaskedLM', body='BertModel', both='BertForPreTraining',
+                   label='BertForSequenceClassification')
+    for kind, cls in classes.items():
+        for t in range(3):
+            torch.manual_seed(0)
+            model = getattr(transformers, cls)(BertConfig(**text, tie_word_embeddings=kind != 'free'))
+            g = torch.Generator().manual_seed(100 * len(kind) + t)
+            for p in model.parameters(): p.data += .05 * torch.randn(p.shape, generator=g)
+            model.save_pretrained(root/f'{kind}{t}')
+    for t in range(3):
+        AutoModelForMaskedLM.from_pretrained(root/f'tied{t}').save_pretrained(root/f'old{t}')
+        state = read_all(root/f'tied{t}')
+        more = {f'{DECODER}.weight': state[TABLE].clone(), f'{DECODER}.bias': state['cls.predictions.bias'].clone()}
+        save_file(state | more, root/f'old{t}'/'model.safetensors', {'format': 'pt'})
+    return root
+
+
+def masked(folder): # a masked language model that lacks nothing, and its answer
+    model, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not info['missing_keys'] and all('pooler' in k or 'seq_rel' in k for k in info['unexpected_keys'])
+    return model.state_dict(), answer(model.eval(), IDS)
+
+
+def ways(tmp_path, base, experts, heads): # the fusion at once, and one by one
+    outs = [tmp_path/f'{base.name} {experts[0].name} {heads}{n}' for n in ('', ' too')]
+    given = ('-m', 'soft_soup', *(('--heads', heads) if heads != 'refuse' else ()))
+    assert call('fuse', base, *experts, *given, '-o', outs[0])[2] == ''
+    for e in experts:
+        begin = ('--base', base, *given) if e == experts[0] else ()
+        assert call('add', f'{outs[0]} state', e, *begin)[2] == ''
+    assert call('export', f'{outs[0]} state', '-o', outs[1])[2] == ''
+    return outs
+
+
+@pytest.mark.parametrize('base, experts', [('tied0', ['tied1', 'tied2']), ('tied0', ['old1', 'old2']), ('old0', ['tied1', 'old2']),
+                                           ('free0', ['free1', 'free2'])])
+@pytest.mark.parametrize('heads', ['base', 'keep'])
+def test_language_heads_that_all_have_are_fused(words, tmp_path, base, experts, heads):
+    "As in memory, the tied layer once; whatever is said of task heads, which these are not."
+    first, *others = (AutoModelForMaskedLM.from_pretrained(words/n) for n in (base, *experts))
+    want = fuse(first.state_dict(), [e.state_dict() for e in others], 'soft_soup')
+    first.load_state_dict(want)
+    for out in ways(tmp_path, words/base, [words/n for n in experts], heads):
+        state, logits = masked(out)
+        assert_close(state, want)
+        assert_close(logits, answer(first.eval(), IDS), rtol=1e-4, atol=1e-5)
+        assert not (out/'heads').exists() and 'left_out' not in (out/'fusion.json').read_text()
+        assert not torch.equal(state[HEAD], read_all(words/base)[HEAD])
+
+
+@pytest.mark.parametrize('base, experts', [('body0', ['old1', 'tied2']), ('body0', ['free1', 'free2']),
+                                           ('body0', ['tied2', 'both1']), ('label0', ['tied1', 'old2'])])
+def test_language_heads_that_the_base_lacks(words, tmp_path, base, experts):
+    "Left out and named, or kept in files from which a language model is made again, its tied layer that of the fused table."
+    def plain(n): return {k.removeprefix('bert.'): v for k, v in read_all(words/n).items()}
+    states = [plain(n) for n in (base, *experts)]
+    shared = [k for k in states[0] if all(k in s for s in states) and not k.startswith('cls')]
+    first, *others = ({k: s[k] for k in shared} for s in states)
+    want = fuse(first, others, 'soft_soup')
+    for heads in ('base', 'keep'):
+        for out in ways(tmp_path, words/base, [words/n for n in experts], heads):
+            got = {k.removeprefix('bert.'): v for k, v in read_all(out).items()}
+            assert_close({k: got[k] for k in shared}, want)
+            assert not any(k.startswith('cls') for k in got)
+            gone = [i.get('left_out', []) for i in json.loads((out/'fusion.json').read_text())['inputs'][1:]]
+            assert all((HEAD in x) == (heads == 'base') for x in gone)
+            assert all((f'{DECODER}.weight' in x) == (heads == 'base' and 'free1' in experts) for x in gone)
+            if heads == 'base': assert 'cls.predictions' in (out/'README.md').read_text()
+            for n in experts if heads == 'keep' else []:
+                state, _ = masked(attach_head(out, out/'heads'/f'{n}.safetensors', tmp_path/f'{out.name} {n}'))
+                own = AutoModelForMaskedLM.from_pretrained(words/n).state_dict()
+                head = {k: v for k, v in own.items() if k.startswith('cls')}
+                if 'free' not in n: head[f'{DECODER}.weight'] = state[TABLE]
+                assert_close({k: state[k] for k in head}, head, rtol=0, atol=0)
+                assert_close(state[TABLE], want['embeddings.word_embeddings.weight'])
+            assert verify(out) >= len(got)
+    assert 'would refuse' not in call('inspect', words/base, *(words/n for n in experts), '-m', 'soft_soup')[1]
+
+
+def test_language_heads_that_do_not_fit(words, tmp_path):
+    "Named with what helps, and what helps does."
+    for base, expert, args, says in [
+            ('body0', 'tied1', {}, "lacks 'pooler.dense.bias', 'pooler.dense.weight', which the base has; leave the base's"),
+            ('tied0', 'body1', {}, "transform.LayerNorm.weight' and 2 more, which the base has; leave the base's as it is"),
+            ('body0', 'tied1', dict(heads='fuse'), "which the base lacks; choose a base that has a place for it, or leave it"),
+            ('tied0', 'body1', dict(heads='keep'), "pooler.dense.weight', which the base lacks; choose a base that has a"),
+            *((b, e, dict(heads=h), 'one ties its output layer to its input table, one does not: fuse models that tie and')
+              for b, e in [('tied0', 'free1'), ('free0', 'tied1')] for h in ('refuse', 'base', 'keep'))]:
+        refused(says, words/base, [words/expert], 'soft_soup', tmp_path/'fused', **args)
+
+
+def test_language_heads_have_a_row_per_token(words, tmp_path):
+    "Kept apart, such a head cannot follow when the fused model's rows change; left out, it need not."
+    from tokenizers import Tokenizer, models as kinds
+    ids = {f'w{i}': i for i in range(text['vocab_size'])}
+    def known(name, added):
+        model = AutoModel.from_pretrained(words/name) if 'body' in name else AutoModelForMaskedLM.from_pretrained(words/name)
+        tok = Tokenizer(kinds.WordLevel(ids, unk_token='w0'))
+        tok.add_tokens(added)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tok).save_pretrained(tmp_path/name)
+        model.resize_token_embeddings(len(ids) + len(added), mean_resizing=False)
+        model.save_pretrained(tmp_path/name)
+        return tmp_path/name
+    base, more = known('body0', []), known('tied1', ['<new>'])
+    refused(["tied1: its head, 'cls.predictions.", "tokens='union'", "leave it out with heads='base'"], base, [more], 'soft_soup',
+            tmp_path/'fused', heads='keep', tokens='union')
+    for tokens in ('base', 'union'):
+        assert call('fuse', base, more, '-m', 'soft_soup', '--heads', 'base', '--tokens', tokens, '-o', tmp_path/tokens)[2] == ''
+        assert len(read_all(tmp_path/tokens)['embeddings.word_embeddings.weight']) == len(ids) + (tokens == 'union')
+
+
+# Labels and tokens
 
 def test_labels_of_the_base_or_of_all(tmp_path):
     "Rows by label against a loop over names in float64; what the fused head lacks is said; nothing is left of an empty set."
