@@ -422,7 +422,8 @@ def _may_tie(ck:Checkpoint, k:str)->bool: # tables of an encoder and a decoder a
 
 def _copies(base:Checkpoint, experts:Sequence[Checkpoint])->dict[str, str]: # name of the base → name that it is tied to
     out, shared = {}, [o for o in base if o not in base.copies and all(o in e for e in experts)]
-    for k in [k for k in base if k in base.copies or any(k not in e for e in experts) and not _is_kept(k, base.meta[k])]:
+    maybe = lambda k: _WORDS(k) or any(k not in e for e in experts) and not _is_kept(k, base.meta[k])
+    for k in [k for k in base if k in base.copies or maybe(k)]:
         lacking, owner = [e for e in experts if k not in e], _owner(base, k, shared)
         for e in lacking:
             if owner is None or not _may_tie(e, k):

@@ -801,8 +801,8 @@ def ways(tmp_path, base, experts, heads): # the fusion at once, and one by one
     return outs
 
 
-@pytest.mark.parametrize('base, experts', [('tied0', ['tied1', 'tied2']), ('tied0', ['old1', 'old2']), ('old0', ['tied1', 'old2']),
-                                           ('free0', ['free1', 'free2'])])
+@pytest.mark.parametrize('base, experts', [('tied0', ['tied1', 'tied2']), ('tied0', ['old1', 'old2']),
+                                           ('old0', ['tied1', 'old2']), ('old0', ['old1', 'tied2']), ('free0', ['free1', 'free2'])])
 @pytest.mark.parametrize('heads', ['base', 'keep'])
 def test_language_heads_that_all_have_are_fused(words, tmp_path, base, experts, heads):
     "As in memory, the tied layer once; whatever is said of task heads, which these are not."
