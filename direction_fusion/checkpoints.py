@@ -383,11 +383,11 @@ class Match(NamedTuple):
 _CONSTANT = re.compile(r'(?:^|\.)(?:position_ids|relative_position_index|attn\.(?:masked_)?bias|'
                        r'rotary_emb\.(?:original_)?inv_freq)$')
 
-_POOLER = re.compile(r'(\w+\.)?pooler\.').match
+_BELOW = re.compile(r'(\w+\.)?pooler\.|(?:head|dense|projector|sequence_summary)\.|layer_weights$').match # below a task head
 _WORDS = re.compile(r'(?:cls|\w*lm_head|lm_loss|pred_layer|(?:\w+_)?predictions|vocab_(?:transform|layer_norm|projector)|'
                     r'proj_out|embed_out|output_projection)\.|decoder\.(?:weight|bias)$|final_logits_bias$').match
 
-def _upper(k:str)->re.Match|None: return _POOLER(k) or _WORDS(k) # what lies above a body, besides task heads
+def _upper(k:str)->re.Match|None: return _BELOW(k) or _WORDS(k) # what lies above a body, besides task heads
 
 _APART = 'fuse models that tie and models that do not apart'
 

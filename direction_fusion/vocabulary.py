@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from .checkpoints import (_POOLER, _WORDS, Checkpoint, View, _may_tie, _owner, open_checkpoint, read_json,
+from .checkpoints import (_BELOW, _WORDS, Checkpoint, View, _may_tie, _owner, open_checkpoint, read_json,
                                           short_name, tensor_digest)
 from .writing import save_tensors
 from .core import _some, atomic_path, named_roles
@@ -504,17 +504,17 @@ def label_names(
 def pooler_with_head(
     base:Checkpoint,   # base model
     expert:Checkpoint, # under the base's names
-    keep:bool=False    # heads will lie in files of their own: a pooler goes along where there is one, and is no head itself
+    keep:bool=False    # heads will lie in files of their own: a pooler goes along where there is one, and is none itself
 )->Checkpoint:         # `expert`, or a view on it whose head has this too, named as it is beside the base's parameters
-    "What the base lacks above its body goes the way of the expert's head: a pooler, or the head of a language model."
+    "What the base lacks above its body goes the way of the expert's head: a pooler and the like, a language model's head."
     words = [k for k in expert if _WORDS(k)]
     if any(k in base for k in words) or expert.config.get('architectures') == base.config.get('architectures'): words = []
     tied = lambda k: _may_tie(expert, k) and _owner(expert, k, base) is not None # follows the table, wherever that goes
     words = [k for k in words if not tied(k)]
-    own = words + [k for k in expert if _POOLER(k) and k not in base]
+    own = words + [k for k in expert if _BELOW(k) and k not in base]
     if not own or keep and not (words or head_parameters(expert)): return expert
     def plain(k):
-        p = (m := _POOLER(k)) and m[1] or ''
+        p = (m := _BELOW(k)) and m[1] or ''
         return k.removeprefix(p) if p and not any(b.startswith(p) for b in base) else k
     view = View(expert, {plain(k) if k in own else k: k for k in expert})
     view.roles = expert.roles | {plain(k): 'head' for k in own}

@@ -802,7 +802,8 @@ def ways(tmp_path, base, experts, heads): # the fusion at once, and one by one
 
 
 @pytest.mark.parametrize('base, experts', [('tied0', ['tied1', 'tied2']), ('tied0', ['old1', 'old2']),
-                                           ('old0', ['tied1', 'old2']), ('old0', ['old1', 'tied2']), ('free0', ['free1', 'free2'])])
+                                           ('old0', ['tied1', 'old2']), ('old0', ['old1', 'tied2']),
+                                           ('free0', ['free1', 'free2'])])
 @pytest.mark.parametrize('heads', ['base', 'keep'])
 def test_language_heads_that_all_have_are_fused(words, tmp_path, base, experts, heads):
     "As in memory, the tied layer once; whatever is said of task heads, which these are not."
@@ -876,6 +877,65 @@ def test_language_heads_have_a_row_per_token(words, tmp_path):
     for tokens in ('base', 'union'):
         assert call('fuse', base, more, '-m', 'soft_soup', '--heads', 'base', '--tokens', tokens, '-o', tmp_path/tokens)[2] == ''
         assert len(read_all(tmp_path/tokens)['embeddings.word_embeddings.weight']) == len(ids) + (tokens == 'union')
+
+
+# Layers below a head
+
+SOUND = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=37,
+             classifier_proj_size=6, conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4,
+             num_conv_pos_embedding_groups=2, use_weighted_layer_sum=True)
+WAVE = dict(input_values=torch.linspace(-1, 1, 800).reshape(2, 400).sin())
+LAYERED = dict( # name → (class, configuration, what it is asked, what lies below its head, and is no part of the bare model)
+    distilbert=('DistilBertForSequenceClassification', 'DistilBertConfig', dict(vocab_size=37, dim=16, n_layers=2, n_heads=2,
+                hidden_dim=24, max_position_embeddings=20), IDS, ['pre_classifier.weight']),
+    roberta=('RobertaForSequenceClassification', 'RobertaConfig', text, IDS, ['classifier.dense.weight']),
+    modernbert=('ModernBertForSequenceClassification', 'ModernBertConfig',
+                text | special | dict(cls_token_id=0, sep_token_id=1), IDS, ['head.dense.weight', 'head.norm.weight']),
+    xlnet=('XLNetForSequenceClassification', 'XLNetConfig', dict(vocab_size=37, d_model=16, n_layer=2, n_head=2, d_inner=24), IDS,
+           ['sequence_summary.summary.weight']),
+    electra=('ElectraForMultipleChoice', 'ElectraConfig', text | dict(embedding_size=16), {k: v[None] for k, v in IDS.items()},
+             ['sequence_summary.summary.weight']),
+    eurobert=('EuroBertForSequenceClassification', 'EuroBertConfig',
+              text | special | dict(num_key_value_heads=1, mask_token_id=2), IDS, ['dense.weight']),
+    wav2vec2=('Wav2Vec2ForSequenceClassification', 'Wav2Vec2Config', SOUND, WAVE, ['projector.weight', 'layer_weights']))
+
+
+@pytest.mark.parametrize('name', LAYERED)
+def test_layers_below_a_head_go_with_it(tmp_path, name):
+    "Left out and named, or kept with the head that they feed: on the fused body it answers as the same put together by hand."
+    cls, config, size, asked, below = LAYERED[name]
+    cls, config, experts = getattr(transformers, cls), getattr(transformers, config), {}
+    def write(n, labels, seed):
+        torch.manual_seed(0)
+        model, g = cls(config(**size, **labels)).eval(), torch.Generator().manual_seed(seed)
+        for p in model.parameters(): p.data += .05 * torch.randn(p.shape, generator=g)
+        model.save_pretrained(tmp_path/n)
+        return model
+    for t, n in enumerate(('one', 'two'), 2):
+        names = {f'{n}{i}': i for i in range(t)}
+        labels = dict(id2label={i: x for x, i in names.items()}, label2id=names)
+        experts[n] = write(n, {} if 'Choice' in cls.__name__ else labels, t)
+    base = write('base', {}, 1).base_model
+    base.save_pretrained(tmp_path/'base')
+    assert not [k for k in below if k in base.state_dict()] and all(k in read_all(tmp_path/'one') for k in below)
+    states = [e.base_model.state_dict() for e in experts.values()]
+    want = fuse(base.state_dict(), states, 'soft_soup')
+    for heads in ('base', 'keep'):
+        for out in ways(tmp_path, tmp_path/'base', [tmp_path/n for n in experts], heads):
+            assert_close(read_all(out), {k: want[k] for k in read_all(tmp_path/'base')})
+            gone = [i.get('left_out', []) for i in json.loads((out/'fusion.json').read_text())['inputs'][1:]]
+            assert all((k in x) == (heads == 'base') for k in below for x in gone)
+            for n, e in experts.items() if heads == 'keep' else ():
+                model, info = cls.from_pretrained(attach_head(out, out/'heads'/f'{n}.safetensors', tmp_path/f'{out.name} {n}'),
+                                                  output_loading_info=True)
+                assert not info['missing_keys'] and not info['unexpected_keys']
+                e.base_model.load_state_dict(want)
+                assert_close(answer(model.eval(), asked), answer(e, asked), rtol=1e-4, atol=1e-5)
+                assert model.config.id2label == e.config.id2label or 'Choice' in cls.__name__
+    assert 'would refuse' not in call('inspect', tmp_path/'base', tmp_path/'one', '-m', 'soft_soup')[1]
+    assert call('fuse', tmp_path/'one', tmp_path/'base', '-m', 'soft_soup', '-o', tmp_path/'turned', '--heads', 'base')[2] == ''
+    got, kept = read_all(tmp_path/'turned'), read_all(tmp_path/'one') # a base that has what an expert lacks
+    assert_close({k: got[k] for k in below}, {k: kept[k] for k in below}, rtol=0, atol=0)
 
 
 # Labels and tokens
