@@ -238,13 +238,14 @@ def add(
     role:Annotated[list[str]|None, typer.Option(help="of a new fusion, e.g. '*.ln_f.weight=norm'; may be repeated")]=None,
     heads:Annotated[str|None, typer.Option(help='task heads, of a new fusion: refuse, base, fuse or keep')]=None,
     seed:Annotated[int|None, typer.Option(min=0, help='of a new fusion, for methods that draw')]=None,
+    tokens:Annotated[str, typer.Option(help="agree; base: rows are matched by token, those of the base stay")]='agree',
     threads:Annotated[int, typer.Option(min=0, help='side by side; 0: one per core')]=0,
 ):
     "Fold one more expert into a living fusion."
     from direction_fusion.living import add_expert
     with _bar('adding') as advance:
         about = add_expert(state, expert, base, method, name, weight, _params(role) or None, heads, seed, threads, advance,
-                           **_params(param))
+                           tokens, **_params(param))
     print(f"{state}: {about['method']} of {', '.join(about['names'])}")
 
 @app.command()

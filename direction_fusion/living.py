@@ -29,8 +29,8 @@ from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, s
 from .methods import METHODS, accepted
 from .request import DTYPES, n_cores, one_thread, read_deltas, run_all, shared_names, tally
 from .streaming import _adapter_digests, fitted
-from .vocabulary import (_labelled, head_file, head_parameters, match_tokens, pooler_with_head, split_heads,
-                                         without_heads)
+from .vocabulary import (Gathered, _check_kept, align_tokens, head_file, head_parameters, match_tokens,
+                                         pooler_with_head, split_heads, without_heads)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
 
 # %% ../nbs/26_living.ipynb #882cb7a7
@@ -103,7 +103,7 @@ def read_about(
         with safe_open(path, 'pt') as f: about = json.loads((f.metadata() or {}).get('direction_fusion', '{}'))
     except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}); restore it, or fold the experts again") from None
     if about.get('format') != 2: raise ValueError(f"{path} holds no fusion state of format 2; fold the experts again")
-    return dict(copies={}, source=None, hub=None, keep=False, left_out={}) | about
+    return dict(copies={}, source=None, hub=None, keep=False, left_out={}, tokens=[]) | about
 
 def _base_of(about:dict, base, folder)->Checkpoint: # the base of a living fusion, or an error
     if not (base or about['source']): raise ValueError(f"{folder} does not say where its base lies: pass `base`")
@@ -170,12 +170,16 @@ def _change(about:dict, base:Checkpoint, expert:Checkpoint, folder:Path, i:int|N
     return new
 
 # %% ../nbs/26_living.ipynb #98725b97
-def _check_tokens(base:Checkpoint, expert:Checkpoint)->Checkpoint: # `expert`, if its rows are those of the base's tokens
-    if match_tokens(base, [expert], 'base').same: return expert
-    heads = ' --heads fuse' if _labelled(expert) else ' --heads base' if head_parameters(expert) else ''
-    raise ValueError(f"{expert.name} has other tokens than the base, whose rows a living fusion keeps: fuse all experts at once "
-                     "with `direction-fusion fuse BASE EXPERTS --tokens union`, or add what this makes of it: `direction-fusion "
-                     f"fuse BASE {expert.name} -m soft_soup --tokens base{heads} -o NEW`")
+def _fitted(about:dict, base:Checkpoint, full:Checkpoint, tokens:str)->Checkpoint: # what joins: its body, by token
+    expert = without_heads(full) if about['keep'] else full
+    match = match_tokens(base, [expert], 'base')
+    if match.same: return expert
+    if tokens == 'base':
+        if about['keep']: _check_kept([full], match)
+        return align_tokens(base, [expert], 'base')[1][0]
+    raise ValueError(f"{full.name} has other tokens than the base, whose rows a living fusion keeps: add it with `--tokens base` "
+                     "(tokens='base' in Python), which leaves out rows of tokens that the base lacks, or fuse all experts at "
+                     "once with `direction-fusion fuse BASE EXPERTS --tokens union`")
 
 def _expert_of(about:dict, base:Checkpoint, expert)->Checkpoint: # whole, under the base's names
     e = match_names(base, open_expert(expert, base))
@@ -194,6 +198,7 @@ def _check_new(about:dict, base:Checkpoint, expert:Checkpoint, name:str)->str: #
         tied = lambda x: _some(x) or 'nothing'
         raise ValueError(f"{name!r} ties {tied(copies)}, the experts before it {tied(about['copies'])}; "
                          "fuse models that tie and models that do not apart")
+    if isinstance(expert, Gathered): about['tokens'] = [*about['tokens'], name]
     if (i := fingerprint(expert)) in about['ids']:
         same = about['names'][about['ids'].index(i)]
         raise ValueError(f"{name!r} holds the weights of {same!r}, which has been added already")
@@ -213,11 +218,12 @@ def add_expert(
     seed:int|None=None,                # of a new fusion, for methods that draw
     threads:int=0,                     # side by side; 0: one per core
     advance:Callable=lambda done, total: None, # told how many bytes of the base are done
+    tokens:str='agree',                # tokens that base and expert do not share: 'agree' (there are none) or 'base'
     **params                           # of a new fusion: hyper-parameters of the method
 )->dict:                               # what the fusion says of itself
     "Fold one more expert into a fusion on disk."
-    folder = Path(folder)
-    with locked(folder):
+    if tokens not in ('agree', 'base'): raise ValueError(f"`tokens` must be agree or base, got {tokens!r}")
+    with locked(folder := Path(folder)):
         if (folder/STATE).exists():
             about = read_about(folder)
             if method not in (None, about['method']) or params or roles or heads or seed is not None:
@@ -232,8 +238,8 @@ def add_expert(
             base = without_heads(base) if heads == 'keep' else base
             about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
-        full = _check_tokens(base, _expert_of(about, base, expert))
-        expert, name = without_heads(full) if about['keep'] else full, name or _called(full)
+        full = _expert_of(about, base, expert)
+        expert, name = _fitted(about, base, full, tokens), name or _called(full)
         if not math.isfinite(weight): raise ValueError(f"`weight` must be finite, got {weight}")
         if weight != 1 and not accepted(m, 'weight'):
             raise ValueError(f"{about['method']!r} does not weigh experts; leave `weight` at 1")
@@ -251,7 +257,7 @@ def _begin(base:Checkpoint, method:str, roles, heads:str, seed:int, params:Mappi
     moving(roles, heads)
     return dict(format=2, method=name, params=params, seed=seed, heads=heads, keep=keep, roles=roles, base=fingerprint(base),
                 source=str(base.path.resolve()), hub=base.name if hub_name(base.name) else None, copies={}, names=[], weights=[],
-                ids=[], norms=[], left_out={}, scale=1.)
+                ids=[], norms=[], left_out={}, tokens=[], scale=1.)
 
 # %% ../nbs/26_living.ipynb #6363f6b8
 def remove_expert(
@@ -271,7 +277,7 @@ def remove_expert(
                              f"{', '.join(n for n, m in METHODS.items() if m.remove)}")
         base = _base_of(about, base, folder)
         expert = _expert_of(about, base, expert)
-        expert, name = without_heads(expert) if about['keep'] else expert, name or _called(expert)
+        expert, name = _fitted(about, base, expert, 'base'), name or _called(expert)
         if name not in about['names']:
             raise ValueError(f"{name!r} is not in this fusion; experts: {', '.join(about['names']) or 'none'}")
         i = about['names'].index(name)
@@ -279,6 +285,7 @@ def remove_expert(
             raise ValueError(f"{name!r} was added with fingerprint {about['ids'][i]}, got another model, {got}; "
                              "pass the one that was added")
         about['left_out'] = {n: ks for n, ks in about['left_out'].items() if n != name}
+        about['tokens'] = [n for n in about['tokens'] if n != name]
         done = _change(about, base, expert, folder, i, (), threads, advance)
         if about['keep']: (folder/head_file(name)).unlink(missing_ok=True)
         return done
@@ -297,7 +304,8 @@ def _merged(about:dict, base:Checkpoint, folder:Path)->Callable: # (k, b): its d
 def _recipe(about:dict, base:Checkpoint, **more)->dict: # what `fuse` would be given to come to the same
     rows = [n if w == 1 else dict(model=n, weight=w) for n, w in zip(about['names'], about['weights'])]
     heads = 'keep' if about['keep'] else about['heads']
-    more = dict(heads=None if heads == 'refuse' else heads, seed=about['seed'] or None) | more
+    more = dict(heads=None if heads == 'refuse' else heads, tokenizer='base' if about['tokens'] else None,
+                seed=about['seed'] or None) | more
     return dict(method=about['method'], base=about['hub'] or _called(base), experts=rows, parameters=about['params']) | {
         k: v for k, v in more.items() if v is not None}
 
@@ -310,6 +318,7 @@ def _say(out:Path, about:dict, base:Checkpoint, folder:Path, outputs:Mapping, re
     where = ': those of the experts are in ' + ', '.join(f'`{f}`' for f in heads) if heads else ''
     note = f'Task heads were not fused{where}.' * (about['heads'] == 'base')
     note += f" Left out: {'; '.join(f'{_some(ks)} of {n}' for n, ks in left.items())}." if left else ''
+    if about['tokens']: note += f" Matched by token, rows that the base lacks left out: {', '.join(about['tokens'])}."
     model_card(out, _called(base), about['names'], dict(title=m.title, cite=m.cite, variant=m.variant), about['params'], recipe,
                note=note)
     inputs = [dict(role='base', name=_called(base), fingerprint=about['base']),

@@ -874,6 +874,10 @@ def test_language_heads_have_a_row_per_token(words, tmp_path):
     base, more = known('body0', []), known('tied1', ['<new>'])
     refused(["tied1: its head, 'cls.predictions.", "tokens='union'", "leave it out with heads='base'"], base, [more], 'soft_soup',
             tmp_path/'fused', heads='keep', tokens='union')
+    begin = 'add', tmp_path/'state', more, '--base', base, '-m', 'soft_soup', '--tokens', 'base', '--heads'
+    code, _, err = call(*begin, 'keep')
+    assert code == 2 and "has a row per token, and tokens='base' changes rows; leave it out with heads='base'" in err
+    assert call(*begin, 'base')[2] == '' and not (tmp_path/'state'/'heads').exists()
     for tokens in ('base', 'union'):
         assert call('fuse', base, more, '-m', 'soft_soup', '--heads', 'base', '--tokens', tokens, '-o', tmp_path/tokens)[2] == ''
         assert len(read_all(tmp_path/tokens)['embeddings.word_embeddings.weight']) == len(ids) + (tokens == 'union')
@@ -997,11 +1001,20 @@ def test_tokens_of_all_experts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                                   # a living fusion keeps the base's rows, and says what helps
     code, _, err = call('add', 'state', 'tool', '--base', 'base', '-m', 'soft_soup')
     assert code == 2 and 'tool has other tokens than the base' in err
-    assert '`direction-fusion fuse BASE EXPERTS --tokens union`' in err
-    helps = err.split('`direction-fusion ')[2].split('`')[0].replace('BASE', 'base').replace('NEW', 'plain-tool').split()
-    assert call(*helps)[0] == 0, helps
-    assert call('add', 'state', 'plain-tool', '--base', 'base', '-m', 'soft_soup')[0] == 0
-    assert_close(read_all('plain-tool')['model.embed_tokens.weight'], tool[:5])
+    assert '`direction-fusion fuse BASE EXPERTS --tokens union`' in err and 'add it with `--tokens base`' in err
+    assert call('add', 'state', 'tool', '--base', 'base', '-m', 'soft_soup', '--tokens', 'base')[2] == ''
+    assert call('add', 'state', 'think', '--tokens', 'base')[2] == ''
+    assert call('export', 'state', '-o', 'alive')[2] == ''
+    assert call('fuse', 'base', 'tool', 'think', '-m', 'soft_soup', '-o', 'at once', '--tokens', 'base')[2] == ''
+    assert_close(read_all('alive'), read_all('at once'))
+    assert_close(read_all('alive')['model.embed_tokens.weight'], (tool[:5] + think[:5]) / 2)
+    assert AutoTokenizer.from_pretrained('alive').get_vocab() == AutoTokenizer.from_pretrained('base').get_vocab()
+    assert json.loads((tmp_path/'alive'/'fusion.json').read_text())['recipe']['tokenizer'] == 'base'
+    assert 'rows that the base lacks left out: tool, think.' in (tmp_path/'alive'/'README.md').read_text()
+    assert call('remove', 'state', 'tool')[2] == '' and call('export', 'state', '-o', 'left')[2] == ''
+    assert_close(read_all('left')['model.embed_tokens.weight'], think[:5])
+    code, _, err = call('add', 'state', 'tool', '--tokens', 'union')
+    assert code == 2 and "`tokens` must be agree or base, got 'union'" in err
 
 
 # A living fusion
