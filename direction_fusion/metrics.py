@@ -132,12 +132,13 @@ def intransigence(
 
 # %% ../nbs/12_metrics.ipynb #b1e94a60
 def retention(
-    R:np.ndarray, # (T, T) accuracy in [0, 1]; the lower triangle is needed, and a diagonal without zeros
-)->np.ndarray:    # (T,) entry k: share that is left k merges after a task's own; 1 for k = 0
-    "Mean over tasks of R[j + k, j] / R[j, j]."
+    R:np.ndarray, # (T, T) accuracy in [0, 1]; the lower triangle is needed
+)->np.ndarray:    # (T,) entry k: share that is left k merges after a task's own, 1 for k = 0; NaN where no task is left to tell
+    "Mean of R[j + k, j] / R[j, j] over the tasks that arrived with any accuracy."
     R = check_matrix(R, 'lower')
-    for j in np.flatnonzero(R.diagonal() == 0)[:1]: raise ValueError(f"`R` must not be 0 on the diagonal, got 0 for task {j}")
-    return np.array([(R.diagonal(-k) / R.diagonal()[:len(R) - k]).mean() for k in range(len(R))])
+    first = R.diagonal()
+    shares = [R.diagonal(-k)[here := first[:len(R) - k] > 0] / first[:len(R) - k][here] for k in range(len(R))]
+    return np.array([s.mean() if len(s) else np.nan for s in shares])
 
 # %% ../nbs/12_metrics.ipynb #4e249d6f
 def forward_transfer(

@@ -437,12 +437,13 @@ def plot_retention(
     ax = _axes(ax, 4.6, max(2.4, .14 * len(groups) + .7))
     ends, names, colors = [], [], []
     for i, g in enumerate(groups):
-        curves, style = 100 * np.array([retention(r.R) for r in g]), method_style(g[0].method)
+        curves, style = np.ma.masked_invalid([100 * retention(r.R) for r in g]), method_style(g[0].method)
+        mean = curves.mean(0).filled(np.nan)
         x = np.arange(T) + (.3 * (i / max(len(groups) - 1, 1) - .5) if len(g) > 1 else 0)
-        for k in range(1, T) if len(g) > 1 else ():
-            ax.plot([x[k]] * 2, student_interval(curves[:, k]), lw=.8, alpha=.6, color=style['color'])
-        ax.plot(x, curves.mean(0), lw=1.3, ms=3.5, label=g[0].title, **style)
-        ends.append(curves.mean(0)[-1]); names.append(g[0].title); colors.append(style['color'])
+        for k in np.flatnonzero(curves.count(0))[1:] if len(g) > 1 else ():
+            ax.plot([x[k]] * 2, student_interval(curves[:, k].compressed()), lw=.8, alpha=.6, color=style['color'])
+        ax.plot(x, mean, lw=1.3, ms=3.5, label=g[0].title, **style)
+        ends.append(mean[-1]); names.append(g[0].title); colors.append(style['color'])
     ax.axhline(100, color='#888888', lw=.8, zorder=0)
     ax.set(xlim=(-.35, T - .7), xticks=[k for k in range(T) if T <= 12 or k % 5 == 0]); ax.margins(y=.04)
     last = '; '.join(f'{n} {e:.0f}' for n, e in zip(names, ends))
