@@ -400,9 +400,8 @@ def _is_kept(k:str, m:Meta)->bool: # a real bias called attn.bias is 1-D
     return not m.dtype.is_floating_point or bool(_CONSTANT.search(k)) and not (k.endswith('attn.bias') and len(m.shape) == 1)
 
 def _same_bits(a:Tensor, b:Tensor)->bool:
-    if a.shape != b.shape or a.dtype != b.dtype: return False
     x, y, n = raw(a), raw(b), 2**18 # bytes that stay in the cache
-    return all((x[i:i + n] == y[i:i + n]).all() for i in range(0, len(x), n))
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and all((x[i:i + n] == y[i:i + n]).all() for i in range(0, len(x), n))
 
 def _tied(ck:Checkpoint, k:str, o:str)->bool: # one storage, or the same bits
     if ck.copies.get(k, k) == ck.copies.get(o, o): return True

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from .methods import METHODS
 from .metrics import crossed_intervals, holm, pairwise
-from .plots import common_runs, differences, paired_values
+from .plots import bound_names, common_runs, differences, paired_values
 from .runner import stand_ins
 
 # %% ../nbs/33_ranking.ipynb #d975fcd4
@@ -193,6 +193,8 @@ def _stakes(groups:Sequence)->str: # what experts, probe and training reach
     expert, probe = (100 * float(np.mean([f(r) for r in runs])) for f in (lambda r: r.experts.mean(), lambda r: r.probe.mean()))
     out = (f"**At stake.** {len(runs[0].tasks)} experts, each on its own task, reach {expert:.1f} % on average; a linear probe "
            f"on the base, without any fine-tuning, {probe:.1f} %.")
+    if bound_names(runs)[0] != 'experts':
+        out += ' An expert is told its task; probe, trained models and fusions choose among the classes of all.'
     if 'sequential' in by:
         lost = _mean(by['sequential'], 'F')
         out += (f" One model fine-tuned on task after task ends at {_mean(by['sequential'], 'ACC'):.1f} %"
@@ -268,8 +270,9 @@ def results_table(
                      f'`{setting}`' if setting else '–'])
     level = lambda f: f'{100 * float(np.mean([f(r) for r in records])):.1f}'
     share = f'{100 * float(np.mean([(r.probe / r.experts).mean() for r in records])):.1f}'
-    rows = [['*experts*', level(lambda r: r.experts.mean()), '', '100.0', '–', ''], *rows,
-            ['*linear probe*', level(lambda r: r.probe.mean()), '', share, '–', '']]
+    expert, probe = bound_names(records)
+    rows = [[f'*{expert}*', level(lambda r: r.experts.mean()), '', '100.0', '–', ''], *rows,
+            [f'*{probe}*', level(lambda r: r.probe.mean()), '', share, '–', '']]
     head = ['method', 'accuracy (%)', '95 % interval', 'of the experts (%)', 'forgotten (points)', 'setting']
     return '\n'.join(f"| {' | '.join(r)} |" for r in [head, ['---'] + ['---:'] * 4 + ['---'], *rows])
 
@@ -296,7 +299,7 @@ def across(
             said.append(f"{'the next' if order[0] == mine else 'the best'}, *{other}*, has {_mean(groups[other], 'ACC'):.1f} %, "
                         + f'a difference of {d.difference:.1f} points ({d.low:.1f} to {d.high:.1f}): {sure}'.replace('-', '−'))
         bounds = [100 * float(np.mean([getattr(r, k).mean() for r in groups[mine]])) for k in ('experts', 'probe')]
-        said.append(f'experts {bounds[0]:.1f} %, linear probe {bounds[1]:.1f} %')
+        said.append(', '.join(f'{n} {b:.1f} %' for n, b in zip(bound_names(records), bounds)))
         none = max(_mean(g, 'ACC') for g in groups.values()) < bounds[1]
         out.append('; '.join(said) + ('. **No fusion reaches the probe here: nobody should fuse.**' if none else '.'))
     return '- ' + '\n- '.join(out)

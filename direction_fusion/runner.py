@@ -30,7 +30,7 @@ import direction_fusion.plots as plots_module
 from .cluster import Cluster, slurm_options
 from .core import atomic_path
 from .methods import METHODS, get_method
-from .plots import common_runs, differences, summary_numbers, summary_table
+from .plots import bound_names, common_runs, differences, summary_numbers, summary_table
 from .study import (EVALUATE, MEASURED, Record, Study, baseline, bench, chain, check_sources, choose, expert,
                                     left_out, load_study, method_label, method_specs, probe_predictions, read_record, record_path,
                                     run_key, settings, study_params, task_order)
@@ -77,7 +77,7 @@ def study_jobs(
     base = ('base',) if study.model == 'tiny-vit' else ()  # a base that is made here comes before all
     jobs = [Job(n, _base, (study,), (), T * train) for n in base]
     probes = [Job(f'probe {n}', _probe, (study, n), base, (study.train_size + study.val_size + study.test_size) / 1000)
-              for n in study.tasks]
+              for n in (study.tasks[:1] if study.heads == 'joined' else study.tasks)]
     for s in study.seeds:
         first = {o: task_order(study, o)[0] for o in study.orders}
         jobs += [Job(f'expert {n} · seed {s}', _expert, (study, n, s), base, train)
@@ -549,8 +549,9 @@ def findings(
     by = {n: [r for r in records if r.method == n] for n in dict.fromkeys(r.method for r in records)}
     acc, kept, lost = ({n: mean(rs, lambda r: r.metrics[k]) for n, rs in by.items()} for k in ('ACC', 'NACC', 'F'))
     title = {n: rs[0].title for n, rs in by.items()}
-    out = [f"Over {len(records[0].tasks)} tasks the experts reach {mean(records, lambda r: r.experts.mean()):.1f} % on average, "
-           f"a linear probe on the base {mean(records, lambda r: r.probe.mean()):.1f} %."]
+    expert, probe = bound_names(records)
+    out = [f"Over {len(records[0].tasks)} tasks the {expert} reach {mean(records, lambda r: r.experts.mean()):.1f} % on average, "
+           f"a {probe} on the base {mean(records, lambda r: r.probe.mean()):.1f} %."]
     if 'sequential' in by:
         out.append(f"Fine-tuning in sequence ends at {acc['sequential']:.1f} % and forgets {lost['sequential']:.1f} points.")
     fused = sorted((n for n in by if get_method(n.partition('(')[0]).kind != 'training'), key=lambda n: -acc[n])

@@ -48,7 +48,7 @@ from .methods import METHODS, check_params, get_method
 from .metrics import metrics, pack_bits
 from .plots import summary_table
 from .tasks import FORMATS, batches, check_stream, encode, load_stream, task_fingerprint
-from .train import (METRICS, Classifier, Recipe, check_images, digest, has_bfloat16, in_memory, linear_probe,
+from .train import (METRICS, Classifier, Recipe, check_images, digest, has_bfloat16, in_memory, joint_probe,
                                     load_backbone, load_expert, model_source, predict, pretrained_vit, recipe_key, replayed,
                                     train_expert, train_together)
 
@@ -766,12 +766,13 @@ def baseline(
     names = list(study.tasks) if method == 'joint' else task_order(study, order)
     rows = lambda ns: [dict(r, task=0 if study.heads == 'shared' else t) for t, n in enumerate(ns) for r in _kept(study, n)]
     how = [study.data_seed, study.stat_examples] if method == 'ewc' else []
-    kind = 'shared' if study.heads == 'shared' else 'own'
+    joined = study.heads == 'joined' and method in ('joint', 'replay') # they see rows of several tasks
+    kind = study.heads if joined or study.heads == 'shared' else 'own'
     key = lambda ns: digest(method, TRAINING, b.print, [b.prints[n] for n in ns], recipe_key(recipe), full, kind, how)
     path = lambda ns: study.cache/'experts'/f'{key(ns)}.safetensors'
     place = lambda n: 'shared' if study.heads == 'shared' else n
     fresh = lambda ns: {place(n): _fresh(study, n, seed) for n in ns}
-    go = lambda *a, **kw: train_together(b.backbone, *a, pad_id=b.pad, **kw)
+    go = lambda *a, **kw: train_together(b.backbone, *a, pad_id=b.pad, joined=joined, **kw)
     if method == 'joint': return [go(rows(names), fresh(names), recipe, path(names), tell=tell)] * len(names)
     files = []
     for i, n in enumerate(names):
@@ -850,11 +851,11 @@ def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, ex
     probe = {n: probe_predictions(study, n) for n in names}
     level = lambda found: np.array([METRICS['accuracy'](truth[n], found[n]) for n in names])
     bits = lambda found: [pack_bits(truth[n] == found[n]) for n in names]
-    full, norm = study_params(method, params)
+    (full, norm), taus = study_params(method, params), [task_vector(start(study, seed)[0], e[0], n) for n, e in experts.items()]
     full |= {} if norm is None else dict(norm=norm)
-    taus = [task_vector(start(study, seed)[0], e[0], n) for n, e in experts.items()]
     inputs = dict(base=b.print, tasks={n: b.prints[n] for n in names}, experts={n: f.stem for n, f in files.items()},
-                  recipe=asdict(recipe_of(study, seed)), stored=stored_bytes(study, method, params))
+                  recipe=asdict(recipe_of(study, seed)), stored=stored_bytes(study, method, params),
+                  **dict(heads=study.heads) if study.heads == 'joined' else {})
     if m.needs in MEASURED:
         inputs['statistics'] = dict(kind=m.needs, part='train', labels=False,
                                     examples={n: sum(len(x['index']) for x in stat_inputs(study, n)) for n in names})
@@ -868,25 +869,29 @@ def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, ex
         dict(n=[len(truth[n]) for n in names], R=hits, experts=bits(own), probe=bits(probe)), FORMAT)
 
 def probe_predictions(study:Study, task:str)->np.ndarray: # (n,) predicted classes
-    "What a linear probe on the base answers on the test split, from the cache if it is there."
-    b = bench(study)
-    path = study.cache/'predictions'/f"{digest('probe', b.print, b.prints[task], study.max_tokens)}.npy"
-    if not path.exists():
+    "What a linear probe on the base answers on the test split, from the cache if it is there; with `joined` heads one for all."
+    b, joined = bench(study), study.heads == 'joined'
+    names = study.tasks if joined else (task,)
+    among = [[b.prints[n] for n in names]] * joined
+    path = lambda n: study.cache/'predictions'/f"{digest('probe', b.print, b.prints[n], study.max_tokens, *among)}.npy"
+    if not path(task).exists():
         torch.set_num_threads(study.threads)
-        out = linear_probe(b.backbone, b.tasks[task], b.pad)
-        with atomic_path(path) as p: np.save(p, out.astype(np.int16))
-    return np.load(path, allow_pickle=False)
+        found = joint_probe(b.backbone, [b.tasks[n] for n in names], [b.classes[n] for n in names], b.pad)
+        for n, out in zip(names, found):
+            with atomic_path(path(n)) as p: np.save(p, out.astype(np.int16))
+    return np.load(path(task), allow_pickle=False)
 
+# %% ../nbs/14_study.ipynb #7c6bf22a
 def run_key(study:Study, method:str, params:Mapping, seed:int, order:int)->str: # 16 hexadecimal digits
     "Hash of all that decides a record."
     b, names, m = bench(study), task_order(study, order), get_method(method)
+    how = [study.protocol, study.heads, *['one softmax, one probe'] * (study.heads == 'joined')]
     measured = [study.stat_examples, study.data_seed] if m.needs in MEASURED or method == 'ewc' else []
     return digest('record', FORMAT, TRAINING, b.print, [b.prints[n] for n in names], recipe_key(recipe_of(study, seed)),
                   method_label(method, params), seed, code_print(method), study.evaluate,
-                  *[study.protocol, study.heads] * ((study.protocol, study.heads) != ('base', 'own')),
-                  *_shared_head(study, m)[1:], measured, *[_recalibration(study)] * (study.recalibrate > 0))
+                  *how * (how[:2] != ['base', 'own']), *_shared_head(study, m)[1:], measured,
+                  *[_recalibration(study)] * (study.recalibrate > 0))
 
-# %% ../nbs/14_study.ipynb #7c6bf22a
 def settings(
     method:str, # key of `METHODS`
 )->list[dict]:  # hyper-parameters of each setting

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'Recipe', 'recipe_key', 'has_bfloat16', 'Classifier', 'model_source', 'load_backbone', 'check_images',
            'tiny_vit', 'in_memory', 'finetune', 'predict', 'adapted', 'digest', 'save_expert', 'load_expert',
            'made_once', 'train_expert', 'Heads', 'train_together', 'replayed', 'pretrained_vit', 'features',
-           'linear_probe']
+           'linear_probe', 'joint_probe']
 
 # %% ../nbs/11_train.ipynb #2b4c3055
 import fcntl
@@ -341,17 +341,20 @@ class Heads(nn.Module):
     def __init__(self,
         backbone:nn.Module,                 # as in `Classifier`
         heads:Sequence[Mapping[str, Tensor]],# of each task: `weight` (classes, d), `bias` (classes,)
-        penalty:Callable[[nn.Module], Tensor]|None=None # of the model, added to the loss
+        penalty:Callable[[nn.Module], Tensor]|None=None, # of the model, added to the loss
+        joined:bool=False                   # whether the classes of all heads compete
     ):
         super().__init__()
         sizes, d = [len(h['bias']) for h in heads], backbone.config.hidden_size
         self.backbone, self.head, self.penalty, self.sizes = backbone, nn.Linear(d, sum(sizes)), penalty, sizes
+        self.joined = joined
         self.head.load_state_dict({k: torch.cat([h[k] for h in heads]) for k in ('weight', 'bias')})
         self.register_buffer('owner', torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)), persistent=False)
         self.register_buffer('first', torch.tensor([0, *sizes]).cumsum(0)[:-1], persistent=False)
 
-    def forward(self, labels:Tensor, task:Tensor, **inputs)->dict: # loss, and logits (n, all classes), −inf where not its own
-        logits = self.head(Classifier.features(self, **inputs)).masked_fill(self.owner != task[:, None], -torch.inf)
+    def forward(self, labels:Tensor, task:Tensor, **inputs)->dict: # loss, and logits (n, all classes), −inf out of competition
+        logits = self.head(Classifier.features(self, **inputs))
+        if not self.joined: logits = logits.masked_fill(self.owner != task[:, None], -torch.inf)
         loss = nn.functional.cross_entropy(logits.float(), self.first[task] + labels)
         return dict(loss=loss + self.penalty(self) if self.penalty and self.training else loss, logits=logits)
 
@@ -371,10 +374,11 @@ def train_together(
     pad_id:int=0,                        # token that fills short texts
     penalty:Callable|None=None,          # of the model, added to the loss
     tell:Callable[[float], None]=lambda share: None, # is told the share of steps done
+    joined:bool=False,                   # whether the classes of all heads compete
 )->Path:                                 # `path`: parameters and heads `task.weight`, `task.bias`
     "Train one backbone on rows of several tasks; a finished file is not made again."
     def fit():
-        log = finetune(model := Heads(backbone, list(heads.values()), penalty), rows, recipe, pad_id, tell)
+        log = finetune(model := Heads(backbone, list(heads.values()), penalty, joined), rows, recipe, pad_id, tell)
         return log, {f'{n}.{k}': v for n, h in zip(heads, model.split()) for k, v in h.items()}
     return _trained(backbone, recipe, Path(path), init, fit)
 
@@ -422,9 +426,21 @@ def linear_probe(
     batch_size:int=64,   # examples at once
 )->np.ndarray:           # (n_test,) predictions
     "Logistic regression on the base's features, its strength chosen on validation."
-    model = Classifier(backbone, 2).eval()
-    X, y = {}, {}
-    for s in task: X[s], y[s] = features(model, batches(task[s], batch_size, pad_id)), np.array(task[s]['labels'])
-    mu, sd = X['train'].mean(0), X['train'].std(0) + 1e-6
-    fits = [LogisticRegression(C=c, max_iter=1000).fit((X['train'] - mu) / sd, y['train']) for c in (1e-3, 1e-2, .1, 1.)]
-    return max(fits, key=lambda f: f.score((X['validation'] - mu) / sd, y['validation'])).predict((X['test'] - mu) / sd)
+    return joint_probe(backbone, [task], [0], pad_id, batch_size)[0]
+
+def joint_probe(
+    backbone:nn.Module,          # base
+    tasks:Sequence[DatasetDict], # encoded tasks
+    classes:Sequence[int],       # how many each of them has
+    pad_id:int=0,                # token that fills short texts
+    batch_size:int=64,           # examples at once
+)->list[np.ndarray]:             # of each task, (n_test,) predictions; 0 is its first class, others may be below
+    "One `linear_probe` for the classes of all tasks, which is not told whose example it sees."
+    model, first, X, y = Classifier(backbone, 2).eval(), np.cumsum([0, *classes[:-1]]), {}, {}
+    for s in ('train', 'validation', 'test'):
+        X[s] = [features(model, batches(t[s], batch_size, pad_id)) for t in tasks]
+        y[s] = np.concatenate([np.array(t[s]['labels']) + f for t, f in zip(tasks, first)])
+    mu, sd = (x := np.concatenate(X['train'])).mean(0), x.std(0) + 1e-6
+    fits = [LogisticRegression(C=c, max_iter=1000).fit((x - mu) / sd, y['train']) for c in (1e-3, 1e-2, .1, 1.)]
+    best = max(fits, key=lambda f: f.score((np.concatenate(X['validation']) - mu) / sd, y['validation']))
+    return [best.predict((t - mu) / sd) - f for t, f in zip(X['test'], first)]
