@@ -19,6 +19,7 @@ from .adapters import (AdaptedCheckpoint, Adapter, Factors, bind_adapter, delta_
                                        read_tensors, write_adapter)
 from .checkpoints import Checkpoint, Meta, tensor_digest
 from .core import named_roles
+from .dora import _aligned
 from .fusion import HEADS, merge_deltas, resolve_method, run_survey, takes_rule
 from .geometry import rank_for
 from .methods import METHODS, Method, accepted
@@ -55,8 +56,8 @@ def truncate(
     return small, float(energy[r:].sum() / energy.sum()) if S.any() else 0.
 
 # %% ../nbs/28_adapter_fusion.ipynb #fee9d99d
-_BOTH = set('''soft_soup task_arithmetic orthogonal_model orthogonal_symmetric orthogonal_subspace opcm dora tsv_m iso_c iso_cts
-    task_arithmetic_svc tsv_m_svc dop nufilt'''.split())
+_BOTH = set('''soft_soup task_arithmetic orthogonal_model orthogonal_symmetric orthogonal_subspace opcm dora dora_sides tsv_m
+    iso_c iso_cts task_arithmetic_svc tsv_m_svc dop nufilt'''.split())
 _GRAIN = {'slerp', 'nuslerp', 'multislerp', 'karcher', 'model_stock', 'orthogonal_deltas'} # by their `grain`
 
 def side(
@@ -88,9 +89,12 @@ def core_method(
         real = [x.norm() > 10 * n * torch.finfo(x.dtype).eps * d.norm() for x, d in zip(rests, deltas)] # else rounding alone
         U, S, Vh = zip((Uc, Sc, Vc), *[leading(x * r, s) for x, r in zip(rests, real)])
         return lam * torch.cat(S).sum() / n * polar_factor(torch.cat(U, 1)) @ polar_factor(torch.cat(Vh))
+    def sides(state, rho=.03, lam=.3, ceiling=1., side='auto'): # its ridges are relative to mean eigenvalues
+        return _aligned(state, (rho * small[1] / shape[1], rho * small[0] / shape[0]), lam, ceiling, side)
     rules = dict(tsv_m=tsv, tsv_m_svc=with_svc(tsv), iso_cts=cts)
     sized = dict(dora=dict(rho=params.get('rho', 0) * small[1] / shape[1]), iso_c=dict(lam=params.get('lam', 1) * part / n))
-    return dataclasses.replace(method, rule=rules.get(name, method.rule)), dict(params) | sized.get(name, {})
+    merged = sides if name == 'dora_sides' else method.merged
+    return dataclasses.replace(method, rule=rules.get(name, method.rule), merged=merged), dict(params) | sized.get(name, {})
 
 # %% ../nbs/28_adapter_fusion.ipynb #d7c22635
 def fuse_factors(

@@ -284,8 +284,8 @@ CASES |= dict(
     dora_inputs=dict(ours="merge('dora_inputs', given='deltas', stats=[{'covariance': c} for c in C])", statistics='covariance'),
     fisher=dict(ours="merge('fisher', given='deltas', stats=[{'fisher': f} for f in F])", statistics='fisher'))
 CASES |= {name: dict(ours=f"merge('{name}', given='deltas')") for name in (
-    'orthogonal_deltas', 'orthogonal_model', 'orthogonal_symmetric', 'orthogonal_subspace', 'dora_polar', 'dora', 'nufilt',
-    'orthomerge', 'tsv_m_svc', 'do_merging', 'widen', 'dora_polar_joint')}
+    'orthogonal_deltas', 'orthogonal_model', 'orthogonal_symmetric', 'orthogonal_subspace', 'dora_polar', 'dora',
+    'dora_sides', 'nufilt', 'orthomerge', 'tsv_m_svc', 'do_merging', 'widen', 'dora_polar_joint')}
 
 # %% ../nbs/19_benchmarks.ipynb #71c2be4d
 def operations(

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from torch import Tensor
 from .calibrated import do_merging, fisher_merging, regmean, widen
-from .dora import (MAGNITUDES, align_add, align_add_inputs, align_merged, align_remove, align_remove_inputs,
-                                   polar_add, polar_joint, polar_merged)
+from .dora import (ALIGN_SIDES, MAGNITUDES, align_add, align_add_inputs, align_add_sides, align_merged,
+                                   align_merged_sides, align_remove, align_remove_inputs, align_remove_sides, polar_add,
+                                   polar_joint, polar_merged)
 from .orthogonal import (GRAINS, LOWDIN_GRAINS, SIDES, gram_survey, lowdin, lowdin_survey, norm_rescale, opcm_add,
                                          opcm_add_other, opcm_merged, orthogonal_add, orthogonal_model, subspace_add)
 from .soup import (ON, READINGS, gram_scan, greedy_soup, karcher, model_stock, multislerp, nuslerp, slerp,
@@ -219,6 +220,13 @@ METHODS |= dict(
         add=align_add, merged=align_merged, remove=align_remove, linear_only=True, cost='T·(d_out·d_in·min + min³) + d_in³',
         ranges=dict(p=(1e-3, 10), rho=_positive, lam=_any, ceiling=_positive),
         grid=dict(ceiling=[.7, 1.4, 2.8], rho=[.03, .3, 3.])),
+    dora_sides=Method(
+        'DoRA, sides', 'dora', 'as DoRA; both sides: K-FAC, arXiv:1503.05671, §3.1; the choice between them: this project',
+        add=align_add_sides, merged=align_merged_sides, remove=align_remove_sides, linear_only=True,
+        cost='T·(d_out²·d_in + d_out·d_in²) + d_out³ + d_in³',
+        ranges=dict(rho=_positive, lam=_any, ceiling=_positive, side=ALIGN_SIDES),
+        grid=dict(ceiling=[.7, 1.4, 2.8], rho=[.03, .3, 3.]),
+        variant='matrix by matrix, inputs or outputs'),
     dora_inputs=Method(
         'DoRA, inputs', 'dora', 'as DoRA; measured covariance: RegMean, arXiv:2212.09849, eq. 2; the mixture: this project',
         add=align_add_inputs, merged=align_merged, remove=align_remove_inputs, needs='covariance', linear_only=True,

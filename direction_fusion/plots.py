@@ -31,7 +31,7 @@ from .metrics import (LINEAR, check_levels, check_matrix, crossed_intervals, int
 FAMILIES = { # hue, and the methods in the order in which they take its shades
     'soup': ('#0072B2', 'soft_soup greedy_soup slerp nuslerp multislerp karcher model_stock'),
     'orthogonal': ('#D55E00', 'orthogonal_deltas orthogonal_subspace opcm orthogonal_model orthogonal_symmetric'),
-    'dora': ('#009E73', 'dora dora_polar dora_polar_joint dora_inputs'),
+    'dora': ('#009E73', 'dora dora_polar dora_polar_joint dora_inputs dora_sides'),
     'sparse': ('#CC79A7', 'ties dare della breadcrumbs magmax sce'),
     'spectral': ('#E69F00', 'tsv_m iso_c iso_cts knots wudi orthomerge dop nufilt tsv_m_svc task_arithmetic_svc'),
     'calibrated': ('#56B4E9', 'regmean fisher do_merging widen regmean_pp'),

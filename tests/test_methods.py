@@ -277,7 +277,7 @@ def test_changes_of_basis(name):
 
 # One expert, copies of one, none that moved
 
-ALONE = dict(dora=dict(rho=0.), dora_inputs=dict(rho=0.), dora_polar={}, dora_polar_joint={}, regmean={}, regmean_pp={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
+ALONE = dict(dora=dict(rho=0.), dora_sides=dict(rho=0.), dora_inputs=dict(rho=0.), dora_polar={}, dora_polar_joint={}, regmean={}, regmean_pp={}, fisher={}, do_merging={}, widen={}, opcm={}) # T = 1
 COPIES = ALONE | dict(widen=None, opcm=None)                                                          # T copies
 SUMS = 'orthogonal_deltas', 'orthogonal_subspace', 'orthogonal_model', 'orthogonal_symmetric', 'tsv_m', 'magmax', 'task_arithmetic'
 
@@ -308,7 +308,7 @@ def test_experts_that_did_not_move_give_the_base(name, dtype):
     for T in {1, most(name)}: assert_close(run(name, base, [base] * T), base, **rounding)
 
 
-NOT_A_SCALE = ('dora', 'dora_inputs', # its λ scales what the ridge pulls to
+NOT_A_SCALE = ('dora', 'dora_sides', 'dora_inputs', # its λ scales what the ridge pulls to
                'orthomerge')          # and this one what is left beside the rotation
 
 
