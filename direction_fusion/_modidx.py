@@ -373,6 +373,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                               'direction_fusion.checkpoints.tensor_digest': ( 'checkpoints.html#tensor_digest',
                                                                                               'direction_fusion/checkpoints.py')},
             'direction_fusion.cli': { 'direction_fusion.cli._bar': ('cli.html#_bar', 'direction_fusion/cli.py'),
+                                      'direction_fusion.cli._default': ('cli.html#_default', 'direction_fusion/cli.py'),
                                       'direction_fusion.cli._done': ('cli.html#_done', 'direction_fusion/cli.py'),
                                       'direction_fusion.cli._floats': ('cli.html#_floats', 'direction_fusion/cli.py'),
                                       'direction_fusion.cli._fuse_adapters': ('cli.html#_fuse_adapters', 'direction_fusion/cli.py'),

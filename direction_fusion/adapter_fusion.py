@@ -263,7 +263,7 @@ def _plan(method, params, weights, T, rank, seed): # name, entry, hyper-paramete
 # %% ../nbs/28_adapter_fusion.ipynb #fb12ae21
 def fuse_adapters(
     adapters:Sequence[Adapter|str|os.PathLike], # read, or their folders
-    method:str|Method='dora',          # key of `METHODS`, or an entry
+    method:str|Method='dora_sides',    # key of `METHODS`, or an entry
     base:Checkpoint|None=None,         # what they were trained on; needed for DoRA, biases, norms, and rules that look at it
     adapter_rank:int|None=None,        # of every fused factor; by default all that there is
     weights:Sequence[float]|None=None, # one per adapter, for methods that weigh them
@@ -325,7 +325,7 @@ def delta_norm2(
 # %% ../nbs/28_adapter_fusion.ipynb #795ecf28
 def write_fused_adapter(
     adapters:Sequence[str|os.PathLike], # folders
-    method:str='dora',         # key of `METHODS`
+    method:str='dora_sides',   # key of `METHODS`
     out:str|os.PathLike='fused', # folder that shall appear
     overwrite:bool=False,      # replace an earlier output
     **kw                       # of `fuse_adapters`: weights, adapter_rank, heads, seed, hyper-parameters

@@ -159,7 +159,7 @@ def _bar(what:str): # a progress bar on the terminal; gives a function (done, to
 @app.command()
 def fuse(
     models:Annotated[list[str], typer.Argument(help='base and experts, each a folder or org/name@revision; or a recipe (.yaml)')],
-    method:Annotated[str, typer.Option('--method', '-m', help='see `direction-fusion methods`')]='dora',
+    method:Annotated[str|None, typer.Option('--method', '-m', help='one of `methods`; dora, or dora_sides for adapters')]=None,
     out:Annotated[str, typer.Option('--out', '-o', help='folder that shall appear')]='fused',
     param:Annotated[list[str]|None, typer.Option('--param', '-p', help="hyper-parameter, e.g. 'lam=0.5'; may be repeated")]=None,
     weights:Annotated[str|None, typer.Option(help="one per expert, e.g. '1,0.5'")]=None,
@@ -179,16 +179,17 @@ def fuse(
     given = dict(heads=heads, tokens=tokens, labels=labels, dtype=dtype, max_shard=max_shard, seed=seed,
                  adapter_rank=adapter_rank, weights=_floats('weights', weights), roles=_params(role) or None)
     given = {k: v for k, v in given.items() if v is not None} | dict(threads=threads, overwrite=overwrite)
+    rule = method or _default(models)
     with _bar('fusing') as advance:
-        if all(Path(m, 'adapter_config.json').is_file() for m in models): done = _fuse_adapters(models, method, out, given, param)
+        if all(Path(m, 'adapter_config.json').is_file() for m in models): done = _fuse_adapters(models, rule, out, given, param)
         elif len(models) == 1 and models[0].endswith(('.yaml', '.yml')):
-            if method != 'dora' or param or given.keys() & {'weights', 'seed'}:
+            if method or param or given.keys() & {'weights', 'seed'}:
                 raise ValueError("a recipe says the method, its parameters, weights and seed; change them there")
             done = fuse_recipe(models[0], out, advance=advance, **given)
         else:
             if len(models) < 2 or any(m.endswith(('.yaml', '.yml')) for m in models):
                 raise ValueError("name the base and at least one expert, or one recipe file ending in .yaml, alone")
-            done = fuse_checkpoints(models[0], models[1:], method, out, advance=advance, **given, **_params(param))
+            done = fuse_checkpoints(models[0], models[1:], rule, out, advance=advance, **given, **_params(param))
     _done(out, done)
 
 # %% ../nbs/30_cli.ipynb #85bb7275
@@ -198,6 +199,10 @@ def _done(out:str, done:dict)->None: # what was written, and what it needs to be
     if not any((folder/f).is_file() for f in ('config.json', 'adapter_config.json')):
         print(f"note: the base has no config.json, so {out} has none, and AutoModel will not load it; put one beside its weights",
               file=sys.stderr)
+
+def _default(models:list[str])->str: # the deltas of adapters are told apart by their outputs
+    adapters = [Path(m.rpartition('+')[2], 'adapter_config.json').is_file() for m in models]
+    return 'dora_sides' if all(adapters[not adapters[0]:]) else 'dora'
 
 def _fuse_adapters(models, method, out, given, param)->dict: # adapters alone, as the deltas that they stand for
     from direction_fusion.adapter_fusion import write_fused_adapter
