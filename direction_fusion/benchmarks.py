@@ -495,6 +495,8 @@ def main(args:Sequence[str]|None=None)->None: # as typed behind `python -m direc
     p.add_argument('--into', metavar='RECORD', help='an older record, in which the rows measured now take the place of its own')
     a = p.parse_args(args)
     if wrong := [s for s in a.peer if '=' not in s]: p.error(f'--peer takes NAME=PYTHON, got {wrong[0]!r}')
+    if wrong := [s for s in a.size or () if not re.fullmatch(r'\d+x\d+', s)]:
+        p.error(f'--size takes ROWSxCOLUMNS such as 768x768, got {wrong[0]!r}')
     sizes = {} if not a.size else dict(sizes=[tuple(map(int, s.split('x'))) for s in a.size])
     record = benchmark(methods=a.case, peers=dict(s.split('=', 1) for s in a.peer), T=a.T, threads=a.threads, repeats=a.repeats,
                        limit=a.limit, show=True, out=a.out, **sizes)
