@@ -198,6 +198,7 @@ def refresh(
                 raise ValueError(f"{name} has been edited meanwhile, and is left as it is")
             shutil.copyfile(nb, root/'nbs'/name); done.append(root/'nbs'/name)
             print(f'executed {name}', flush=True)
+    if only != '*' and not done: raise ValueError(f"no page that shows records is called {only!r}; write it as 'index.ipynb'")
     return done
 
 # %% ../nbs/42_website.ipynb #c56894c9

@@ -166,7 +166,7 @@ def test_ctrl_c_cancels_what_was_sent(there, cluster):
 def test_killed_and_refused_jobs_are_named(there, cluster, tmp_path):
     "A process that dies says nothing; SLURM no longer lists it, and its log is quoted. A partition that is not there is refused."
     from direction_fusion.cluster import Cluster, slurm_options
-    c = Cluster(tmp_path, slurm_options('time=1'), width=1, pause=.3)
+    c = Cluster(tmp_path, slurm_options('time=5'), width=1, pause=.3) # minutes: a warning comes 90 s before the end
     dead, = c.submit(os._exit, [(3,)], [False])
     deadline = time.time() + 300
     while not dead.done() and time.time() < deadline: time.sleep(.1)
