@@ -1206,6 +1206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'direction_fusion.runner._copy': ('runner.html#_copy', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner._environ': ('runner.html#_environ', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner._expert': ('runner.html#_expert', 'direction_fusion/runner.py'),
+                                         'direction_fusion.runner._hush': ('runner.html#_hush', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner._loaded': ('runner.html#_loaded', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner._method': ('runner.html#_method', 'direction_fusion/runner.py'),
                                          'direction_fusion.runner._names': ('runner.html#_names', 'direction_fusion/runner.py'),

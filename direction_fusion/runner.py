@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -385,6 +386,7 @@ def _on_this_machine(study:Study, console:Console): # gives submit, jobs at once
         for _ in range(workers if not (study.runs/'figures').exists() else 0): pool.submit(_warm)
         yield lambda f, rows: [pool.submit(f, *r) for r in rows], workers, .1
     except BaseException as e:
+        _hush()
         pool.shutdown(wait=False, kill_workers=True)
         if isinstance(e, KeyboardInterrupt):
             console.print('\nstopped; everything finished is kept: the same command goes on from here')
@@ -392,6 +394,10 @@ def _on_this_machine(study:Study, console:Console): # gives submit, jobs at once
     pool.shutdown(wait=True)
 
 # %% ../nbs/15_runner.ipynb #e5d9cd4f
+def _hush()->None: # loky's own thread may stumble over an answer of a worker that is being ended: nobody waits for it
+    before = threading.excepthook
+    threading.excepthook = lambda a: None if type(a.thread).__name__ == '_ExecutorManagerThread' else before(a)
+
 _TRAINS = _base, _expert, _chain, _baseline
 
 @contextlib.contextmanager
