@@ -386,7 +386,7 @@ def _on_this_machine(study:Study, console:Console): # gives submit, jobs at once
         for _ in range(workers if not (study.runs/'figures').exists() else 0): pool.submit(_warm)
         yield lambda f, rows: [pool.submit(f, *r) for r in rows], workers, .1
     except BaseException as e:
-        _hush()
+        _hush(pool._executor_manager_thread) # it may stumble over an answer of a worker that is being ended
         pool.shutdown(wait=False, kill_workers=True)
         if isinstance(e, KeyboardInterrupt):
             console.print('\nstopped; everything finished is kept: the same command goes on from here')
@@ -394,9 +394,9 @@ def _on_this_machine(study:Study, console:Console): # gives submit, jobs at once
     pool.shutdown(wait=True)
 
 # %% ../nbs/15_runner.ipynb #e5d9cd4f
-def _hush()->None: # loky's own thread may stumble over an answer of a worker that is being ended: nobody waits for it
+def _hush(thread:threading.Thread|None)->None: # what it still raises, nobody waits for
     before = threading.excepthook
-    threading.excepthook = lambda a: None if type(a.thread).__name__ == '_ExecutorManagerThread' else before(a)
+    threading.excepthook = lambda a: None if a.thread is thread else before(a)
 
 _TRAINS = _base, _expert, _chain, _baseline
 

@@ -188,7 +188,7 @@ def tab(browser, served):
         t = c.new_page()
         t.on('console', lambda m: said.append(f'{t.url}: {m.text}') if m.type in ('error', 'warning') else None)
         t.on('pageerror', lambda e: said.append(f'{t.url}: {e}'))
-        given_up = lambda r: r.url.endswith('favicon.svg') # where the tab went on to the next page; one that is missing is a 404
+        given_up = lambda r: r.url.endswith('favicon.svg') and 'ERR_ABORTED' in (r.failure or '') # the tab has gone on
         t.on('requestfailed', lambda r: None if given_up(r) else said.append(f'{t.url}: {r.url} failed'))
         t.on('response', lambda r: said.append(f'{t.url}: {r.url} {r.status}') if r.status >= 400 else None)
         own = served, 'data:', 'blob:'
