@@ -179,9 +179,8 @@ def fuse(
     given = dict(heads=heads, tokens=tokens, labels=labels, dtype=dtype, max_shard=max_shard, seed=seed,
                  adapter_rank=adapter_rank, weights=_floats('weights', weights), roles=_params(role) or None)
     given = {k: v for k, v in given.items() if v is not None} | dict(threads=threads, overwrite=overwrite)
-    rule = method or _default(models)
     with _bar('fusing') as advance:
-        if all(Path(m, 'adapter_config.json').is_file() for m in models): done = _fuse_adapters(models, rule, out, given, param)
+        if all(Path(m, 'adapter_config.json').is_file() for m in models): done = _fuse_adapters(models, method, out, given, param)
         elif len(models) == 1 and models[0].endswith(('.yaml', '.yml')):
             if method or param or given.keys() & {'weights', 'seed'}:
                 raise ValueError("a recipe says the method, its parameters, weights and seed; change them there")
@@ -189,7 +188,7 @@ def fuse(
         else:
             if len(models) < 2 or any(m.endswith(('.yaml', '.yml')) for m in models):
                 raise ValueError("name the base and at least one expert, or one recipe file ending in .yaml, alone")
-            done = fuse_checkpoints(models[0], models[1:], rule, out, advance=advance, **given, **_params(param))
+            done = fuse_checkpoints(models[0], models[1:], method, out, advance=advance, **given, **_params(param))
     _done(out, done)
 
 # %% ../nbs/30_cli.ipynb #85bb7275
@@ -200,16 +199,12 @@ def _done(out:str, done:dict)->None: # what was written, and what it needs to be
         print(f"note: the base has no config.json, so {out} has none, and AutoModel will not load it; put one beside its weights",
               file=sys.stderr)
 
-def _default(models:list[str])->str: # the deltas of adapters are told apart by their outputs
-    adapters = [Path(m.rpartition('+')[2], 'adapter_config.json').is_file() for m in models]
-    return 'dora_sides' if all(adapters[not adapters[0]:]) else 'dora'
-
 def _fuse_adapters(models, method, out, given, param)->dict: # adapters alone, as the deltas that they stand for
     from direction_fusion.adapter_fusion import write_fused_adapter
     if odd := given.keys() - {'adapter_rank', 'weights', 'heads', 'seed', 'threads', 'overwrite'}:
         raise ValueError(f"adapters without their base take no `--{min(odd).replace('_', '-')}`; name the base first")
     known = {k: v for k, v in given.items() if k not in ('threads', 'overwrite')}
-    return write_fused_adapter(models, method, out, given['overwrite'], **known, **_params(param))
+    return write_fused_adapter(models, method or 'dora_sides', out, given['overwrite'], **known, **_params(param))
 
 # %% ../nbs/30_cli.ipynb #db7cfe09
 @app.command()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chunked', 'delta_rows', 'delta_whole', 'scratch', 'gram_rows', 'kth_change', 'least_kept', 'scan_parameter',
            'survey_model', 'delta_tasks', 'fitted', 'linear_rows', 'ties_rows', 'direct', 'worthwhile', 'direct_tasks',
-           'stream', 'collect', 'request_key', 'left_out', 'input_digests', 'open_models', 'arrange',
+           'stream', 'collect', 'request_key', 'left_out', 'input_digests', 'open_models', 'arrange', 'usual_method',
            'fuse_checkpoints', 'merged_deltas', 'fuse_recipe']
 
 # %% ../nbs/25_streaming.ipynb #c0546e02
@@ -23,8 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from . import __version__
-from .adapters import lora_adapter, open_expert, write_adapter
-from .checkpoints import (Checkpoint, _is_kept, hasher, match_names, open_checkpoint, raw, short_name,
+from .adapters import AdaptedCheckpoint, lora_adapter, open_expert, write_adapter
+from .checkpoints import (Checkpoint, View, _is_kept, hasher, match_names, open_checkpoint, raw, short_name,
                                           tensor_digest)
 from .core import _some, compute_dtype
 from .fusion import HEADS_ON_DISK, merge_deltas, run_scan, run_survey, takes_rule
@@ -510,11 +510,19 @@ def arrange(
     if heads == 'keep': _check_kept(kept, aligned[2])
     return aligned
 
+# %% ../nbs/25_streaming.ipynb #a5ua1001
+def usual_method(
+    experts:Sequence[Checkpoint], # from `open_models`
+)->str:                           # key of `METHODS`
+    "What fuses them where no method is named: adapters are told apart by their outputs."
+    def adapted(m): return isinstance(m, AdaptedCheckpoint) or isinstance(m, View) and adapted(m.inner)
+    return 'dora_sides' if all(map(adapted, experts)) else 'dora'
+
 # %% ../nbs/25_streaming.ipynb #97c6aa3e
 def fuse_checkpoints(
     base:str|Checkpoint|None,           # folder, file, hub name or an open checkpoint; None: zero, where the base has no part
     experts:Sequence[str|Checkpoint],   # the same, or adapters, alone or as 'model+adapter'
-    method:str|Method='dora',           # key of `METHODS`, or an entry
+    method:str|Method|None=None,        # key of `METHODS`, or an entry; None: dora, or dora_sides where all are adapters
     out:str|os.PathLike='fused',        # folder that shall appear
     names:Sequence[str]|None=None,      # what the experts are called; their sources by default
     weights:Sequence[float]|None=None,  # one per expert, for methods that weigh them
@@ -543,8 +551,8 @@ def fuse_checkpoints(
     if heads == 'fuse' and not any(map(head_parameters, arranged)): heads = 'base' # nothing to fuse it with
     gone = match_labels(whole, opened, labels).left_out if heads == 'fuse' and whole is not None else []
     values = plan(list(base or arranged[0])) if plan else None
-    request = make_request(base, arranged, method, weights, roles, 'base' if heads == 'keep' else heads, seed, dtype,
-                           values.__getitem__ if values else None, **params)
+    request = make_request(base, arranged, method or usual_method(opened), weights, roles, 'base' if heads == 'keep' else heads,
+                           seed, dtype, values.__getitem__ if values else None, **params)
     recipe = recipe or _as_recipe(request, base, opened, heads=heads, tokenizer=tokens, labels=labels, seed=seed,
                                   dtype=read_dtype, out_dtype=dtype, adapter_rank=adapter_rank)
     if adapter_rank is not None: return _write_adapter(request, out, adapter_rank, threads, recipe, advance, gone)

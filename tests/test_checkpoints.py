@@ -524,6 +524,18 @@ def adapted(models, tmp_path_factory):
     return base, [root/f'lora{t}' for t in (1, 2)], [root/f'full{t}' for t in (1, 2)]
 
 
+def test_what_fuses_where_no_method_is_named(adapted, tmp_path):
+    "Adapters, with their base or alone, in Python and on the command line; one whole model among them, and it is DoRA."
+    base, loras, full = adapted
+    for experts, method in [(loras, 'dora_sides'), ([f'{base}+{loras[0]}', loras[1]], 'dora_sides'), ([loras[0], full[1]], 'dora'),
+                            (full, 'dora')]:
+        assert fuse_checkpoints(base, experts, out=tmp_path/'fused', overwrite=True)['method'] == method
+        assert fuse_checkpoints(base, experts, out=tmp_path/'cast', read_dtype='float64', overwrite=True)['method'] == method
+        code, said, err = call('fuse', base, *experts, '-o', tmp_path/'fused', '--overwrite')
+        assert code == 0 and f'fused by {method}\n' in said, err
+    assert 'fused by dora_sides\n' in call('fuse', *loras, '-o', tmp_path/'alone')[1]
+
+
 @pytest.mark.parametrize('method', ['dora', 'soft_soup'])
 def test_adapters_are_the_weights_they_stand_for(adapted, tmp_path, method):
     base, loras, full = adapted
