@@ -92,8 +92,9 @@ def side_layers(
     "Errors and overlaps of either side by kind of layer, and the share of its maps that are fused by their outputs."
     def one(t):
         t = t.assign(reads=t.layer.map(_kind), by_output=(t.chosen == 'output').astype(float))
-        numbers = ['error_input', 'error_output', 'overlap_input', 'overlap_output', 'by_output']
-        return t.groupby('reads', sort=False)[numbers].mean()
+        short = dict(error_input='error in', error_output='error out', overlap_input='overlap in', overlap_output='overlap out',
+                     by_output='by out')
+        return t.groupby('reads', sort=False)[list(short)].mean().rename(columns=short)
     return pd.concat({stream: one(t) for stream, t in tables.items()}, names=['stream', 'reads'])
 
 # %% ../nbs/18c_sides.ipynb #5ide0016
