@@ -28,15 +28,17 @@ def few_rows(
     amounts:Sequence[int]=(0, 8, 64), # unlabelled training inputs per task; 0: heads stay as they were trained
     rho:float=1.,    # ridge of the new heads
     methods:Sequence[str]=TRIED, # keys of `METHODS`, with the setting that the study lists or else at their defaults
-    split:str='test' # or 'validation'
+    split:str='test',  # or 'validation'
+    random:bool=False  # amounts are sequences of random tokens, in place of training inputs
 )->list[dict]:       # one row per method, amount and task
     "Every method with its heads as trained, and re-calibrated on a few inputs."
     listed, rows, held, names = dict(method_specs(study)), [], None, list(study.tasks)
     specs = dict.fromkeys(method_label(m, p) for m in methods for p in (listed.get(m, {}), {}))
     for spec, k in ((s, k) for s in specs for k in amounts):
         m = spec.partition('(')[0]
-        if METHODS[m].needs and not k: continue
-        few = replace(study, recalibrate=rho * (k > 0), stat_examples=k or study.stat_examples)
+        if METHODS[m].needs and (random or not k): continue
+        amount = dict(random_inputs=k) if random else dict(stat_examples=k or study.stat_examples)
+        few = replace(study, recalibrate=rho * (k > 0), **amount)
         held = found = gather(few, m, _params(study, spec), seed, names, held)
         model = found.fused(names)
         told = answers(few, model.state, model.print, getattr(model, 'heads', found.heads), names, split)
@@ -114,13 +116,14 @@ def main(argv:Sequence[str]|None=None)->None: # arguments; those of the process 
     p.add_argument('--rho', type=float, default=1., help='ridge of the new heads')
     p.add_argument('--methods', nargs='+', default=list(TRIED))
     p.add_argument('--split', default='test', choices=('test', 'validation'))
-    p.add_argument('--out', help='file to write; by default assets/alignment/STUDY/few.json')
+    p.add_argument('--random', action='store_true', help='amounts are sequences of random tokens')
+    p.add_argument('--out', help='file to write; by default assets/alignment/STUDY/few.json, or random.json')
     a = p.parse_args(argv)
     study, rows = load_study(a.study), []
-    path = find_root()/(a.out or f'assets/alignment/{a.study}/few.json')
+    path = find_root()/(a.out or f"assets/alignment/{a.study}/{'random' if a.random else 'few'}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     for i, seed in enumerate(a.seeds):
-        rows += few_rows(study, seed, a.amounts, a.rho, a.methods, a.split)
+        rows += few_rows(study, seed, a.amounts, a.rho, a.methods, a.split, a.random)
         write_rows(path, rows, **{k: v for k, v in vars(a).items() if k != 'out'} | dict(seeds=a.seeds[:i + 1]))
         print(f'{path.name}: {len(rows)} rows, seed {seed}', flush=True)
 

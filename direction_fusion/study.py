@@ -43,7 +43,7 @@ from .calibrated import covariances, fishers, merged_covariances
 from .core import apply_tau, atomic_path, fingerprint, module_roles, task_vector
 from .fusion import Fusion, moving, step_state, takes_rule
 from .geometry import cosines
-from .heads import head_inputs, recalibrate
+from .heads import head_inputs, random_inputs, recalibrate
 from .methods import METHODS, check_params, get_method
 from .metrics import metrics, pack_bits
 from .plots import summary_table
@@ -86,6 +86,7 @@ class Study:
     heads:str='own'      # 'own': one per task, never fused; 'joined': all of them answer at once; 'shared': one head, fused too
     lora_rank:int=0      # experts are LoRA adapters of that rank, merged into weights; 0: everything is trained
     recalibrate:float=0. # ridge with which every expert's head is fitted to the fused model on a few inputs; 0: heads stay
+    random_inputs:int=0  # sequences of random tokens that heads are fitted on; 0: `stat_examples` training inputs
     executor:str='local' # 'local' processes or 'slurm'
     slurm:str=''         # for SLURM, e.g. 'partition=short, time=60, mem=8G, gpus=1, account=mine'
 
@@ -179,6 +180,9 @@ def _checked(study:Study)->Study: # raises before anything runs
     for n in ('lora_rank', 'recalibrate'):
         if not 0 <= (got := getattr(study, n)) < math.inf:
             raise ValueError(f"study {study.name!r}: `{n}` must be at least 0, got {got}")
+    if study.random_inputs < 0 or study.random_inputs and not study.recalibrate:
+        raise ValueError(f"study {study.name!r}: `random_inputs` are what heads are fitted on: at least 0, and with "
+                         f"`recalibrate`, got {study.random_inputs}")
     if study.recalibrate and study.heads == 'shared':
         raise ValueError(f"study {study.name!r}: `recalibrate` fits a head per task, and `heads = shared` has one for all")
     if study.tracking != 'none' and find_spec(study.tracking) is None:
@@ -200,13 +204,13 @@ def task_specs(study:Study)->dict[str, dict]: # task → keys of its section
     place = lambda k, v: str(Path(study.root)/v) if k in ('path', 'train', 'validation', 'test') else v
     return {n: {k: place(k, v) for k, v in kv} for n, kv in study.task_specs}
 
+# %% ../nbs/14_study.ipynb #b26e2112
 def recipe_of(study:Study, seed:int)->Recipe: # how the experts of one seed are trained
     "The study's recipe; `precision = auto` becomes what this machine does best."
     precision = study.precision if study.precision != 'auto' else 'bfloat16' if has_bfloat16() else 'float32'
     return Recipe(study.lr, study.head_lr, study.epochs, study.batch_size, study.weight_decay, study.warmup, study.freeze,
                   study.max_tokens, precision, study.threads, seed, study.lora_rank)
 
-# %% ../nbs/14_study.ipynb #b26e2112
 def study_params(
     method:str,     # key of `METHODS`
     params:Mapping, # hyper-parameters given, and perhaps `norm`
@@ -318,6 +322,7 @@ def _load(study:Study)->SimpleNamespace: # what `bench` gives
         ready={}, # (task, split, rows) → batches, made once
         backbone=backbone, state=state, base=base, roles=roles, tasks=tasks,
         classes={n: t['train'].features['label'].num_classes for n, t in raw.items()},
+        tokenizer=tokenizer, # None for images
         pad=getattr(tokenizer, 'pad_token_id', None) or 0,
         prints={n: task_fingerprint(t) for n, t in raw.items()},
         print=fingerprint(state))
@@ -325,7 +330,7 @@ def _load(study:Study)->SimpleNamespace: # what `bench` gives
 # %% ../nbs/14_study.ipynb #3d57dce8
 _BESIDE = ('lr', 'head_lr', 'epochs', 'batch_size', 'weight_decay', 'warmup', 'precision', 'methods', 'seeds', 'orders',
            'workers', 'tracking', 'evaluate', 'stat_examples', 'protocol', 'lora_rank',
-           'recalibrate', 'executor', 'slurm') # no part of it
+           'recalibrate', 'random_inputs', 'executor', 'slurm') # no part of it
 
 def bench(study:Study)->SimpleNamespace: # backbone, base, roles, tasks, classes, prints, pad
     "Model and encoded tasks of a study; a process loads them once, whatever else of the study is set otherwise."
@@ -337,6 +342,9 @@ def check_sources(study:Study)->None: # raises
     "Read every task and look for the model, so that a mistake shows once, before any work is done."
     raw = load_stream(list(study.tasks), study.train_size, study.val_size, study.test_size, study.data_seed, task_specs(study))
     check_heads(study, raw)
+    if study.random_inputs and 'pixel_values' in next(iter(raw.values()))['train'].features:
+        raise ValueError(f"study {study.name!r}: `random_inputs` are sequences of tokens, and {study.tasks[0]!r} has images; "
+                         "leave it at 0, and heads are fitted on training inputs")
     if study.model == 'tiny-vit': return
     source = model_source(study.model, study.root)
     if not isinstance(source, Path): load_backbone(study.model, study.root); return # from the hub: fetched once for all workers
@@ -453,6 +461,12 @@ def stat_inputs(study:Study, task:str)->list[dict]: # batches without labels
     n = len(bench(study).tasks[task]['train'])
     rows = np.sort(np.random.default_rng(study.data_seed).permutation(n)[:study.stat_examples])
     return [{k: v for k, v in x.items() if k != 'labels'} for x in _batches(study, task, 'train', tuple(rows.tolist()))]
+
+def _fitting(study:Study, task:str)->list[dict]: # the inputs on which a head is fitted
+    b, n = bench(study), study.random_inputs
+    if not n: return stat_inputs(study, task)
+    if ('random', n) not in b.ready: b.ready['random', n] = random_inputs(b.tokenizer, n, min(16, study.max_tokens - 2))
+    return b.ready['random', n]
 
 def _plain(found:Mapping)->dict: return {k.removeprefix('backbone.'): v for k, v in found.items()} # names of a `Classifier`
 
@@ -671,23 +685,30 @@ def folding(
 
 # %% ../nbs/14_study.ipynb #49b86009
 def _recalibration(study:Study)->list: # all that decides a new head but the models
-    code = sorted(map(str, _called([recalibrate, head_inputs], {}).items()))
-    return [code, study.recalibrate, study.stat_examples, study.data_seed, study.max_tokens]
+    n, uses = study.random_inputs, [recalibrate, head_inputs, *[random_inputs] * (study.random_inputs > 0)]
+    code = sorted(map(str, _called(uses, {}).items()))
+    return [code, study.recalibrate, *(['random', n] if n else [study.stat_examples, study.data_seed]), study.max_tokens]
 
 def _recalibrated(study:Study, experts:Mapping, files:Mapping, names:Sequence[str], model:SimpleNamespace)->dict: # task → head
-    b, heads, how = bench(study), {n: e[1] for n, e in experts.items()}, _recalibration(study)
-    key = lambda n: digest('head', how, b.print, model.print, files[n].stem, b.prints[n])
-    paths = {n: study.cache/'heads'/f'{key(n)}.safetensors' for n in names}
+    b, heads, how, seen = bench(study), {n: e[1] for n, e in experts.items()}, _recalibration(study), {}
+    key = lambda n, what, *of: digest(what, how, b.print, *of, files[n].stem, b.prints[n])
+    paths = {n: study.cache/'heads'/f"{key(n, 'head', model.print)}.safetensors" for n in names}
     def look(state, n): # features and logits
         b.backbone.load_state_dict(b.state | dict(state))
         net = Classifier(b.backbone, len(heads[n]['bias'])).eval()
         net.head.load_state_dict(heads[n])
-        return head_inputs(net, net.head, stat_inputs(study, n))
+        return head_inputs(net, net.head, _fitting(study, n))
+    def said(n): # by the expert
+        path = study.cache/'heads'/f"{key(n, 'targets')}.safetensors"
+        if not path.exists():
+            with atomic_path(path) as p: save_file(dict(targets=look(experts[n][0], n)[1]), p)
+        return load_file(path)['targets']
     try:
         fused = model.state() if (missing := [n for n in names if not paths[n].exists()]) else {}
         for n in missing:
-            targets, features = look(experts[n][0], n)[1], look(fused, n)[0]
-            new = recalibrate(heads[n]['weight'], heads[n]['bias'], features, targets, study.recalibrate)
+            targets, x = said(n), 'random' if study.random_inputs else n
+            if x not in seen: seen[x] = look(fused, n)[0]
+            new = recalibrate(heads[n]['weight'], heads[n]['bias'], seen[x], targets, study.recalibrate)
             with atomic_path(paths[n]) as p: save_file(dict(zip(('weight', 'bias'), new)), p)
     finally: b.backbone.load_state_dict(b.state)
     return heads | {n: load_file(p) for n, p in paths.items()}
@@ -860,7 +881,8 @@ def _record(study, method, params, seed, order, R, R_macro, norms, hits, own, ex
         inputs['statistics'] = dict(kind=m.needs, part='train', labels=False,
                                     examples={n: sum(len(x['index']) for x in stat_inputs(study, n)) for n in names})
     if study.recalibrate:
-        inputs['recalibrate'] = dict(rho=study.recalibrate, part='train', labels=False, examples=study.stat_examples)
+        inputs['recalibrate'] = dict(rho=study.recalibrate, part='random' if study.random_inputs else 'train', labels=False,
+                                     examples=study.random_inputs or study.stat_examples)
     return Record(
         study.name, label, f"{m.title} {method_label('', params)}".strip(), full, seed, order, names,
         R, R_macro, level(own), level(probe), cosines(taus).numpy(), np.array([t.norm() for t in taus]), norms,
