@@ -15,26 +15,28 @@ from torch import Tensor, nn
 # %% ../nbs/07a_heads.ipynb #3202341e
 def recalibrate(
     weight:Tensor,   # (classes, d) of the expert's head
-    bias:Tensor,     # (classes,)
+    bias:Tensor|None,# (classes,); None: the head has none, and gets none
     features:Tensor, # (n, d) what the fused model says to n inputs of the task
     targets:Tensor,  # (n, classes) the expert's own logits to the same inputs
     rho:float=1.     # ridge ρ > 0 relative to the mean square of a feature's column; large: the head stays as it is
-)->tuple[Tensor, Tensor]: # weight and bias of the new head; dtype as `weight`
+)->tuple[Tensor, Tensor|None]: # weight and bias of the new head; dtype as `weight`
     "Θ + Eᵀ(ÂÂᵀ + ρ'I)⁻¹Â, the ridge solution nearest to the old head."
     _check_head(weight, bias, features, targets, rho)
-    A = torch.cat([features, torch.ones_like(features[:, :1])], 1).double()
-    W = torch.cat([weight, bias[:, None]], 1).double()
+    one = lambda x, c: (x if bias is None else torch.cat([x, c[:, None]], 1)).double()
+    A, W = one(features, torch.ones_like(features[:, 0])), one(weight, bias)
     E, r = targets.double() - A @ W.mT, rho * A.square().sum() / A.shape[1]
     small = len(A) <= A.shape[1]
     G = (A @ A.mT if small else A.mT @ A).diagonal_scatter((A.square().sum(1 if small else 0)) + r)
     W = W + (E.mT @ torch.linalg.solve(G, A) if small else torch.linalg.solve(G, A.mT @ E).mT)
-    return W[:, :-1].to(weight.dtype).contiguous(), W[:, -1].to(weight.dtype).contiguous()
+    d = weight.shape[1]
+    return W[:, :d].to(weight.dtype).contiguous(), None if bias is None else W[:, d].to(weight.dtype).contiguous()
 
 # %% ../nbs/07a_heads.ipynb #fc35ef6b
 def _check_head(weight, bias, features, targets, rho): # raises
     if not rho > 0: raise ValueError(f"`rho` must be positive, got {rho}")
     want = dict(bias=(bias, weight.shape[:1]), features=(features, (len(features), weight.shape[1])),
                 targets=(targets, (len(features), len(weight))))
+    if bias is None: del want['bias']
     for name, (x, shape) in want.items():
         if tuple(x.shape) != tuple(shape): raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(x.shape)}")
         if not torch.isfinite(x).all(): raise ValueError(f"`{name}` must be finite, got NaN or infinity")
@@ -72,6 +74,7 @@ def random_inputs(
     if n < 1 or length < 1: raise ValueError(f"`n` and `length` must be at least 1, got {n} and {length}")
     special, named = set(tokenizer.all_special_ids), re.compile(r'\[.+\]|<.+>') # [unused1], <extra_id_0>, <0x0A>
     words = sorted(i for t, i in tokenizer.get_vocab().items() if i not in special and not named.fullmatch(t))
+    if not words: raise ValueError("the tokenizer has no tokens to draw")
     bare, whole = (tokenizer('a', add_special_tokens=s)['input_ids'] for s in (False, True))
     at = next(i for i in range(len(whole)) if whole[i:i + len(bare)] == bare)
     parts = [whole[:at]] * n, np.random.default_rng(seed).choice(words, (n, length)), [whole[at + len(bare):]] * n
