@@ -1094,6 +1094,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'direction_fusion.ranking.frugal': ('ranking.html#frugal', 'direction_fusion/ranking.py'),
                                           'direction_fusion.ranking.plain': ('ranking.html#plain', 'direction_fusion/ranking.py'),
                                           'direction_fusion.ranking.ranking': ('ranking.html#ranking', 'direction_fusion/ranking.py'),
+                                          'direction_fusion.ranking.refitted': ('ranking.html#refitted', 'direction_fusion/ranking.py'),
                                           'direction_fusion.ranking.results_table': ( 'ranking.html#results_table',
                                                                                       'direction_fusion/ranking.py'),
                                           'direction_fusion.ranking.three_ways': ('ranking.html#three_ways', 'direction_fusion/ranking.py'),
