@@ -212,17 +212,17 @@ def refit(
     fused:Annotated[str, typer.Argument(help='a model that was fused with --heads keep')],
     experts:Annotated[list[str], typer.Argument(help='the experts whose heads are fitted')],
     base:Annotated[str|None, typer.Option(help='what adapters were trained on')]=None,
-    n:Annotated[int, typer.Option('--random-inputs', min=1, help='sequences of random tokens')]=1024,
-    rho:Annotated[float, typer.Option(help='ridge; the larger, the nearer to the old head')]=.1,
-    length:Annotated[int, typer.Option(min=1, help='tokens in each sequence')]=16,
-    seed:Annotated[int, typer.Option(min=0, help='of their draw')]=0,
+    n:Annotated[int, typer.Option('--random-inputs', min=1, help='texts of random words')]=1024,
+    rho:Annotated[float, typer.Option(help='ridge; the larger, the nearer to the old head')]=1.,
+    longest:Annotated[int, typer.Option(min=1, help='most words in a text')]=10,
+    seed:Annotated[int, typer.Option(min=0, help='of the draw')]=0,
 ):
-    "Fit the experts' heads to a fused model, without data: on random tokens."
+    "Fit the experts' heads to a fused model, without data: on random words that each expert picks."
     from rich.progress import track
     from direction_fusion.refit import refit_heads
     for expert in track(experts, 'fitting heads', console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        for name, d in refit_heads(fused, [expert], base, n, rho, length, seed).items():
-            was = f"on other random tokens {d['before']:.1%} of its answers were {Path(name).name}'s"
+        for name, d in refit_heads(fused, [expert], base, n, rho, longest, seed).items():
+            was = f"on other random words {d['before']:.1%} of its answers were {Path(name).name}'s"
             print(f"{d['file']}: {was}, {d['after']:.1%} are now")
 
 # %% ../nbs/30_cli.ipynb #db7cfe09

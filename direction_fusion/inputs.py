@@ -29,7 +29,7 @@ def few_rows(
     rho:float=1.,    # ridge of the new heads
     methods:Sequence[str]=TRIED, # keys of `METHODS`, with the setting that the study lists or else at their defaults
     split:str='test',  # or 'validation'
-    random:bool=False  # amounts are sequences of random tokens, in place of training inputs
+    random:bool=False  # amounts are texts of random words, in place of training inputs
 )->list[dict]:       # one row per method, amount and task
     "Every method with its heads as trained, and re-calibrated on a few inputs."
     listed, rows, held, names = dict(method_specs(study)), [], None, list(study.tasks)
@@ -116,7 +116,7 @@ def main(argv:Sequence[str]|None=None)->None: # arguments; those of the process 
     p.add_argument('--rho', type=float, default=1., help='ridge of the new heads')
     p.add_argument('--methods', nargs='+', default=list(TRIED))
     p.add_argument('--split', default='test', choices=('test', 'validation'))
-    p.add_argument('--random', action='store_true', help='amounts are sequences of random tokens')
+    p.add_argument('--random', action='store_true', help='amounts are texts of random words')
     p.add_argument('--out', help='file to write; by default assets/alignment/STUDY/few.json, or random.json')
     a = p.parse_args(argv)
     study, rows = load_study(a.study), []

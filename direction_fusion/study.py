@@ -43,7 +43,7 @@ from .calibrated import covariances, fishers, merged_covariances
 from .core import apply_tau, atomic_path, fingerprint, module_roles, task_vector
 from .fusion import Fusion, moving, step_state, takes_rule
 from .geometry import cosines
-from .heads import head_inputs, random_inputs, recalibrate
+from .heads import head_inputs, random_inputs, recalibrate, telling_words
 from .methods import METHODS, check_params, get_method
 from .metrics import metrics, pack_bits
 from .plots import summary_table
@@ -86,7 +86,7 @@ class Study:
     heads:str='own'      # 'own': one per task, never fused; 'joined': all of them answer at once; 'shared': one head, fused too
     lora_rank:int=0      # experts are LoRA adapters of that rank, merged into weights; 0: everything is trained
     recalibrate:float=0. # ridge with which every expert's head is fitted to the fused model on a few inputs; 0: heads stay
-    random_inputs:int=0  # sequences of random tokens that heads are fitted on; 0: `stat_examples` training inputs
+    random_inputs:int=0  # texts of random words that heads are fitted on; 0: `stat_examples` training inputs
     executor:str='local' # 'local' processes or 'slurm'
     slurm:str=''         # for SLURM, e.g. 'partition=short, time=60, mem=8G, gpus=1, account=mine'
 
@@ -343,7 +343,7 @@ def check_sources(study:Study)->None: # raises
     raw = load_stream(list(study.tasks), study.train_size, study.val_size, study.test_size, study.data_seed, task_specs(study))
     check_heads(study, raw)
     if study.random_inputs and 'pixel_values' in next(iter(raw.values()))['train'].features:
-        raise ValueError(f"study {study.name!r}: `random_inputs` are sequences of tokens, and {study.tasks[0]!r} has images; "
+        raise ValueError(f"study {study.name!r}: `random_inputs` are texts, and {study.tasks[0]!r} has images; "
                          "leave it at 0, and heads are fitted on training inputs")
     if study.model == 'tiny-vit': return
     source = model_source(study.model, study.root)
@@ -462,11 +462,14 @@ def stat_inputs(study:Study, task:str)->list[dict]: # batches without labels
     rows = np.sort(np.random.default_rng(study.data_seed).permutation(n)[:study.stat_examples])
     return [{k: v for k, v in x.items() if k != 'labels'} for x in _batches(study, task, 'train', tuple(rows.tolist()))]
 
-def _fitting(study:Study, task:str)->list[dict]: # the inputs on which a head is fitted
-    b, n = bench(study), study.random_inputs
-    if not n: return stat_inputs(study, task)
-    if ('random', n) not in b.ready: b.ready['random', n] = random_inputs(b.tokenizer, n, min(16, study.max_tokens - 2))
-    return b.ready['random', n]
+def _recalibration(study:Study)->list: # all that decides a new head but the models
+    n, uses = study.random_inputs, [recalibrate, head_inputs, *[random_inputs, telling_words] * (study.random_inputs > 0)]
+    code = sorted(map(str, _called(uses, {}).items()))
+    return [code, study.recalibrate, *(['random', n] if n else [study.stat_examples, study.data_seed]), study.max_tokens]
+
+def _fitting(study:Study, task:str, words:Sequence)->list[dict]: # the inputs on which a head is fitted
+    b, n, most = bench(study), study.random_inputs, min(10, study.max_tokens - 2)
+    return random_inputs(b.tokenizer, n, most, words) if n else stat_inputs(study, task)
 
 def _plain(found:Mapping)->dict: return {k.removeprefix('backbone.'): v for k, v in found.items()} # names of a `Classifier`
 
@@ -684,31 +687,29 @@ def folding(
     return fused
 
 # %% ../nbs/14_study.ipynb #49b86009
-def _recalibration(study:Study)->list: # all that decides a new head but the models
-    n, uses = study.random_inputs, [recalibrate, head_inputs, *[random_inputs] * (study.random_inputs > 0)]
-    code = sorted(map(str, _called(uses, {}).items()))
-    return [code, study.recalibrate, *(['random', n] if n else [study.stat_examples, study.data_seed]), study.max_tokens]
-
 def _recalibrated(study:Study, experts:Mapping, files:Mapping, names:Sequence[str], model:SimpleNamespace)->dict: # task → head
-    b, heads, how, seen = bench(study), {n: e[1] for n, e in experts.items()}, _recalibration(study), {}
+    b, heads, how = bench(study), {n: e[1] for n, e in experts.items()}, _recalibration(study)
     key = lambda n, what, *of: digest(what, how, b.print, *of, files[n].stem, b.prints[n])
     paths = {n: study.cache/'heads'/f"{key(n, 'head', model.print)}.safetensors" for n in names}
-    def look(state, n): # features and logits
+    def whole(state, n): # fused body or expert, with the expert's head
         b.backbone.load_state_dict(b.state | dict(state))
         net = Classifier(b.backbone, len(heads[n]['bias'])).eval()
         net.head.load_state_dict(heads[n])
-        return head_inputs(net, net.head, _fitting(study, n))
-    def said(n): # by the expert
+        return net
+    def said(n): # by the expert: logits, and of random inputs the words
         path = study.cache/'heads'/f"{key(n, 'targets')}.safetensors"
         if not path.exists():
-            with atomic_path(path) as p: save_file(dict(targets=look(experts[n][0], n)[1]), p)
-        return load_file(path)['targets']
+            net = whole(experts[n][0], n)
+            words = telling_words(net, net.head, b.tokenizer) if study.random_inputs else []
+            found = dict(words=torch.tensor(words), targets=head_inputs(net, net.head, _fitting(study, n, words))[1])
+            with atomic_path(path) as p: save_file(found, p)
+        return load_file(path)
     try:
         fused = model.state() if (missing := [n for n in names if not paths[n].exists()]) else {}
         for n in missing:
-            targets, x = said(n), 'random' if study.random_inputs else n
-            if x not in seen: seen[x] = look(fused, n)[0]
-            new = recalibrate(heads[n]['weight'], heads[n]['bias'], seen[x], targets, study.recalibrate)
+            (found, net), head = (said(n), whole(fused, n)), heads[n]
+            features = head_inputs(net, net.head, _fitting(study, n, found['words'].tolist()))[0]
+            new = recalibrate(head['weight'], head['bias'], features, found['targets'], study.recalibrate)
             with atomic_path(paths[n]) as p: save_file(dict(zip(('weight', 'bias'), new)), p)
     finally: b.backbone.load_state_dict(b.state)
     return heads | {n: load_file(p) for n, p in paths.items()}
