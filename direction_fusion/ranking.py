@@ -121,13 +121,12 @@ def chosen(
 
 def refitted(
     records:Sequence, # of a study with `recalibrate`
+    only:str=''       # label of the one method that is wanted
 )->list:              # copies, whose labels end in `refit=N`, N the inputs that heads were fitted on
     "Records that can stand beside those of the same tasks and experts with heads as these were trained."
-    out = [copy.copy(r) for r in records]
-    for c in out:
-        name, _, given = c.method.removesuffix(')').partition('(')
-        c.method = f"{name}({given}{', ' * bool(given)}refit={c.inputs['recalibrate']['examples']})"
-        c.title = f'{c.title}, heads refitted'
+    for c in (out := [copy.copy(r) for r in records if only in ('', r.method)]):
+        more = f"refit={c.inputs['recalibrate']['examples']})"
+        c.method, c.title = c.method.removesuffix(')') + (', ' if '(' in c.method else '(') + more, f'{c.title}, heads refitted'
     return out
 
 SETTINGS = {'defaults': lambda p: not p, 'chosen': lambda p: p and 'norm=' not in p, 'matched norm': lambda p: 'norm=' in p}
