@@ -25,11 +25,12 @@ from .study import find_root, studies
 # %% ../nbs/40_pages.ipynb #7056c82c
 def published(
     root:str|os.PathLike|None=None, # the project; None: the one we are in
+    refitted:bool=False             # also the studies that fit heads to the fused model: they are another one's experts
 )->dict[str, list]:                 # study → its records; studies without records are left out
     "The records below `assets`, in the order of `settings.ini`."
     root = Path(root or find_root())
     found = {s: read_records(root/'assets'/s) for s in studies(root)}
-    return {s: rs for s, rs in found.items() if rs}
+    return {s: rs for s, rs in found.items() if rs and (refitted or not any('recalibrate' in r.inputs for r in rs))}
 
 def streams(
     published:Mapping[str, Sequence], # study → records

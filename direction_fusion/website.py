@@ -126,7 +126,7 @@ def show_results(
     root:Path, # a copy of the project, which gains `nbs/results`
 )->list[Path]: # the executed notebooks, in the order of `settings.ini`
     "Execute the analysis notebooks on the published records of every study of `settings.ini`."
-    made, found = [], published(root) if (root/'settings.ini').exists() else {}
+    made, found = [], published(root, refitted=True) if (root/'settings.ini').exists() else {}
     for study, records in found.items():
         (to := root/'nbs/results'/study).mkdir(parents=True)
         text = study_page(study, root/'assets'/study, f'../../../assets/{study}')
