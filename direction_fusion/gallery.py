@@ -29,10 +29,11 @@ from .study import find_root
 
 # %% ../nbs/34_gallery.ipynb #4d7cf64f
 def published(
-    study:str='text', # name of a folder below `assets`, or a pattern such as 'text*'
+    study:str='text', # name of a folder below `assets`, or a pattern such as 'text*', which leaves refitted heads out
 )->list:              # its records, each study, method, seed and order once; [] where there are none
     "The published records of a study."
-    found = [r for p in sorted((find_root()/'assets').glob(study)) if p.is_dir() for r in read_records(p)]
+    found = [r for p in sorted((find_root()/'assets').glob(study)) if p.is_dir() for r in read_records(p)
+             if p.name == study or 'recalibrate' not in r.inputs]
     return list({(r.study, r.method, r.seed, r.order): r for r in found}.values())
 
 def published_run(

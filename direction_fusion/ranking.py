@@ -120,13 +120,13 @@ def chosen(
     return [r for r in records if r.method == best[r.method.partition('(')[0]]]
 
 def refitted(
-    records:Sequence, # of a study with `recalibrate`
-    only:str=''       # label of the one method that is wanted
+    records:Sequence, of:str, # of a study with `recalibrate`; the study of these experts with heads as they were trained
+    only:str=''               # label of the one method that is wanted
 )->list:              # copies, whose labels end in `refit=N`, N the inputs that heads were fitted on
-    "Records that can stand beside those of the same tasks and experts with heads as these were trained."
+    "Records that can stand beside those of the other study."
     for c in (out := [copy.copy(r) for r in records if only in ('', r.method)]):
-        more = f"refit={c.inputs['recalibrate']['examples']})"
-        c.method, c.title = c.method.removesuffix(')') + (', ' if '(' in c.method else '(') + more, f'{c.title}, heads refitted'
+        given, more = c.method.removesuffix(')'), f"refit={c.inputs['recalibrate']['examples']})"
+        c.study, c.method, c.title = of, given + (', ' if '(' in given else '(') + more, f'{c.title}, heads refitted'
     return out
 
 SETTINGS = {'defaults': lambda p: not p, 'chosen': lambda p: p and 'norm=' not in p, 'matched norm': lambda p: 'norm=' in p}
