@@ -218,12 +218,14 @@ def refit(
     seed:Annotated[int, typer.Option(min=0, help='of the draw')]=0,
 ):
     "Fit the experts' heads to a fused model, without data: on random words that each expert picks."
-    from rich.progress import track
+    from rich.progress import Progress
     from direction_fusion.refit import refit_heads
-    for expert in track(experts, 'fitting heads', console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        for name, d in refit_heads(fused, [expert], base, n, rho, longest, seed).items():
-            was = f"on other random words {d['before']:.1%} of its answers were {Path(name).name}'s"
-            print(f"{d['file']}: {was}, {d['after']:.1%} are now")
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task('fitting heads', total=len(experts))
+        done = refit_heads(fused, experts, base, n, rho, longest, seed, lambda i, total: bar.update(task, completed=i))
+    for name, d in done.items():
+        was = f"on other random words {d['before']:.1%} of its answers were {Path(name).name}'s"
+        print(f"{d['file']}: {was}, {d['after']:.1%} are now")
 
 # %% ../nbs/30_cli.ipynb #db7cfe09
 @app.command()

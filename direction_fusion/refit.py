@@ -18,7 +18,7 @@ from .checkpoints import Checkpoint
 from .core import atomic_path
 from .heads import head_inputs, random_inputs, recalibrate, telling_words
 from .streaming import open_models
-from .vocabulary import attach_head, head_parameters, label_names, pooler_with_head, split_heads
+from .vocabulary import attach_head, head_files, head_parameters, label_names, pooler_with_head, split_heads
 from .writing import save_tensors
 
 # %% ../nbs/28a_refit.ipynb #28af0007
@@ -45,7 +45,11 @@ def _put(model:nn.Module, expert:Checkpoint)->None: # its parameters into the mo
     if pre is None:
         odd = next(k for k in expert if k not in have and f'{model.base_model_prefix}.{k}' not in have)
         raise ValueError(f"{expert.name}: {type(model).__name__} has no parameter {odd!r}; it is no expert of this fusion")
-    for k in expert: (have[k] if k in have else have[pre + k]).copy_(expert[k])
+    for k in expert:
+        if (to := have[k if k in have else pre + k]).shape != (shape := expert[k].shape):
+            raise ValueError(f"{expert.name}: {k!r} has shape {tuple(shape)}, the fused model {tuple(to.shape)}; "
+                             "an expert with tokens of its own cannot be refitted")
+        to.copy_(expert[k])
 
 # %% ../nbs/28a_refit.ipynb #28af0008
 def refit_heads(
@@ -61,9 +65,10 @@ def refit_heads(
     "Fit the head of each expert to the fused body; written to heads/refit/, whole or not at all."
     if not rho > 0: raise ValueError(f"`rho` must be positive, got {rho}")
     (fused, _), opened, done = open_models(folder, []), [_expert(folder, e, base) for e in experts], {}
-    for e in opened: # before any work
-        if not head_parameters(e): raise ValueError(f"{e.name} has no task head")
-        label_names(e)
+    if bare := [e.name for e in opened if not head_parameters(e)]: raise ValueError(f"{bare[0]} has no task head")
+    for name, f in head_files(opened).items(): # before any work
+        if not (Path(folder)/f).is_file():
+            raise ValueError(f"{folder} has no {f}: {name} is no expert whose head was kept; fuse with heads='keep'")
     for i, e in enumerate(opened):
         advance(i, len(opened))
         with tempfile.TemporaryDirectory() as tmp:
@@ -77,7 +82,7 @@ def refit_heads(
 # %% ../nbs/28a_refit.ipynb #28af0009
 def _refit(model, tokenizer, fused, expert, head, out, n, rho, longest, seed)->dict: # one head, written to `out`
     rows, most = label_names(expert)[1], getattr(model.config, 'max_position_embeddings', None) or 10**9
-    size = max(x['input_ids'].shape[1] for x in random_inputs(tokenizer, 100 * longest, longest))
+    size = longest + tokenizer.num_special_tokens_to_add()
     if size > most: raise ValueError(f"{expert.name} reads {most} tokens: `longest` must be at most {longest - size + most}")
     name, modules = rows[0].removesuffix('.weight'), dict(model.named_modules())
     last = modules.get(name, modules.get(f'{model.base_model_prefix}.{name}'))
@@ -90,7 +95,8 @@ def _refit(model, tokenizer, fused, expert, head, out, n, rho, longest, seed)->d
     inputs, other = (random_inputs(tokenizer, k, longest, words, s) for k, s in ((n, seed), (256, seed + 1)))
     targets, said = look(inputs)[1], look(other)[1].argmax(1)
     _put(model, fused)
-    new, seen = recalibrate(*old, look(inputs)[0], targets, rho), look(other)[0]
+    try: new, seen = recalibrate(*old, look(inputs)[0], targets, rho), look(other)[0]
+    except ValueError as e: raise ValueError(f"{expert.name}: {e}") from None
     before, after = (float((nn.functional.linear(seen, *h).argmax(1) == said).float().mean()) for h in (old, new))
     tensors = {k: v.to(expert.meta[k].dtype) for k, v in zip(rows, new)}
     with safe_open(head, 'pt') as f: # what came with the expert stays as it is: labels, architecture, a pooler
