@@ -260,9 +260,12 @@ def study_page(
     "Records and figures of a study, method by method."
     records = read_records(folder)
     first = {r.method: r for r in reversed(chosen(records))}
+    fit = next((r.inputs['recalibrate'] for r in records if 'recalibrate' in r.inputs), None)
+    what = fit and ('texts of random words' if fit['part'] == 'random' else 'unlabelled training inputs of its task')
+    heads = f" After every merge each head is fitted to the fused model, on {fit['examples']} {what}." if fit else ''
     out = [f'# Study {study}: method by method\n\n> What each method made of the experts, task after task',
            f"{len(first)} methods over {len(records[0].tasks)} tasks, best first, each with its chosen setting; figures show the "
-           "first seed and order. [How they compare](compare.ipynb), over all of them, is on a page of its own."]
+           "first seed and order. [How they compare](compare.ipynb), over all of them, is on a page of its own." + heads]
     for label, r in sorted(first.items(), key=lambda x: -x[1].metrics['NACC']):
         at = next(p.parent for p in folder.glob('*/seed*-order*/record.json') if p.parent.name == f'seed{r.seed}-order{r.order}'
                   and re.sub(r'[^\w.=-]+', '_', label).strip('_') == p.parent.parent.name)
