@@ -120,6 +120,16 @@ def input_proxy(
     return C / C.trace()
 
 # %% ../nbs/04_dora.ipynb #73a3f399
+def _gram(u, C=None, sign=1.): # C + sign·uᵀu: the half from the diagonal on is computed in strips and mirrored
+    n = u.shape[1]
+    C, kept = (u.new_empty(n, n), 0) if C is None else (C.clone(), 1)
+    strip = max(128, -(-n // 24))
+    for i in range(0, n, strip):
+        j = min(i + strip, n)
+        C[i:j, i:].addmm_(u[:, i:j].mT, u[:, i:], beta=kept, alpha=sign)
+        C[j:, i:j] = C[i:j, j:].mT
+    return C
+
 def _longest(K): # largest eigenvalue of a symmetric K ≥ 0, a float
     if len(K) < 64 or not K.trace() > 0: return max(float(torch.linalg.eigvalsh(K)[-1]), 0.)
     times = lambda v: (K @ torch.as_tensor(v.ravel(), dtype=K.dtype, device=K.device)).cpu().numpy()
@@ -136,18 +146,23 @@ def align_add(
     sign:float=1.             # −1 takes the expert out again
 )->dict:                      # the next state
     "ΣΔ_tC_t, ΣC_t, ΣΔ_t, Σ‖Δ_t‖₂ and T."
+    return _added(state, delta, p, covariance, sign)[0]
+
+def _added(state, delta, p, covariance, sign): # the next state; of the new expert Δ/‖Δ‖, its smaller Gram matrix K and ‖Δ‖
     m, n = delta.shape
     DC, C, D = (state[k] for k in ('DC', 'C', 'D')) if state else (delta.new_zeros(s) for s in ((m, n), (n, n), (m, n)))
     size = float(delta.norm())
     u = delta / (size or 1.)
-    K = u @ u.mT if m < n else u.mT @ u
+    K = _gram(u.mT if m < n else u)
     longest = torch.tensor(sign * size * _longest(K) ** .5, dtype=torch.float64, device=delta.device) + state.get('longest', 0)
     rest = dict(D=torch.add(D, delta, alpha=sign), longest=longest, weight=state.get('weight', 0.) + sign)
     if covariance is None and p == 1:                          # ΔC is ‖Δ‖Ku or ‖Δ‖uK
-        DC = torch.addmm(DC, *((K, u) if m < n else (u, K)), alpha=sign * size)
-        return dict(DC=DC, C=torch.addmm(C, u.mT, u, alpha=sign) if m < n else torch.add(C, K, alpha=sign)) | rest
-    Ct = input_proxy(delta, p) if covariance is None else covariance / covariance.trace()
-    return dict(DC=torch.addmm(DC, delta, Ct, alpha=sign), C=torch.add(C, Ct, alpha=sign)) | rest
+        new = dict(DC=torch.addmm(DC, *((K, u) if m < n else (u, K)), alpha=sign * size),
+                   C=_gram(u, C, sign) if m < n else torch.add(C, K, alpha=sign))
+    else:
+        Ct = input_proxy(delta, p) if covariance is None else covariance / covariance.trace()
+        new = dict(DC=torch.addmm(DC, delta, Ct, alpha=sign), C=torch.add(C, Ct, alpha=sign))
+    return new | rest, u, K, size
 
 def align_remove(
     state:dict,               # running sums
@@ -228,13 +243,10 @@ def align_add_sides(
     sign:float=1. # −1 takes the expert out again
 )->dict:          # the next state
     "ΣG_tΔ_t = ΣΔ_tC_t, ΣC_t, ΣG_t, ΣΔ_t, q, Σ‖Δ_t‖₂ and T, for p = 1."
-    size = float(delta.norm())
-    u = delta / (size or 1.)
-    G = u @ u.mT
-    K = G if len(G) <= u.shape[1] else u.mT @ u
+    new, u, K, size = _added({k: v for k, v in state.items() if k not in ('G', 'q')}, delta, 1., None, sign)
     q = torch.tensor(sign * size**2, dtype=torch.float64, device=delta.device) * K.double().square().sum() + state.get('q', 0)
-    new = torch.add(state['G'], G, alpha=sign) if state else sign * G
-    return align_add({k: v for k, v in state.items() if k not in ('G', 'q')}, delta, sign=sign) | dict(G=new, q=q)
+    G = state['G'] if state else delta.new_zeros(len(delta), len(delta))
+    return new | dict(G=torch.add(G, K, alpha=sign) if len(u) < u.shape[1] else _gram(u.mT, G, sign), q=q)
 
 def align_remove_sides(
     state:dict,   # running sums
