@@ -426,6 +426,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'direction_fusion/continual.py'),
                                             'direction_fusion.continual.conflict_rows': ( 'continual.html#conflict_rows',
                                                                                           'direction_fusion/continual.py'),
+                                            'direction_fusion.continual.conflict_table': ( 'continual.html#conflict_table',
+                                                                                           'direction_fusion/continual.py'),
                                             'direction_fusion.continual.cost_rows': ( 'continual.html#cost_rows',
                                                                                       'direction_fusion/continual.py'),
                                             'direction_fusion.continual.dealt': ('continual.html#dealt', 'direction_fusion/continual.py'),
