@@ -96,11 +96,11 @@ def _last(model, rows, name)->nn.Linear: # the module that answers, by the param
 
 def _packed(batches:Sequence[Mapping])->Tensor: # (n, L) tokens; −1 behind the end of a text
     most = max(b['input_ids'].shape[1] for b in batches)
-    return torch.cat([pad(b['input_ids'], (0, most - b['input_ids'].shape[1]), value=-1) for b in batches])
+    return torch.cat([pad(b['input_ids'], (0, most - b['input_ids'].shape[1]), value=-1) for b in batches]).int()
 
 def _batches(texts:Tensor, size:int=64)->list[dict]: # of texts of one length, in order
     sizes = torch.unique_consecutive((texts >= 0).sum(1), return_counts=True)
-    alike = [t[:, :L] for L, t in zip(sizes[0].tolist(), texts.split(sizes[1].tolist()))]
+    alike = [t[:, :L].long() for L, t in zip(sizes[0].tolist(), texts.split(sizes[1].tolist()))]
     return [dict(input_ids=x, attention_mask=torch.ones_like(x)) for t in alike for x in t.split(size)]
 
 def _ask(model, expert, tokenizer, n, longest, seed)->tuple[dict, dict]: # texts (n + OTHERS, L), logits; how they came about
