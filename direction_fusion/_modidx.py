@@ -121,6 +121,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'direction_fusion/alignment.py'),
                                             'direction_fusion.alignment.effective_rank': ( 'alignment.html#effective_rank',
                                                                                            'direction_fusion/alignment.py'),
+                                            'direction_fusion.alignment.gain_table': ( 'alignment.html#gain_table',
+                                                                                       'direction_fusion/alignment.py'),
                                             'direction_fusion.alignment.input_power': ( 'alignment.html#input_power',
                                                                                         'direction_fusion/alignment.py'),
                                             'direction_fusion.alignment.input_rows': ( 'alignment.html#input_rows',

@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'PREDICTED', 'READS', 'CEILINGS', 'effective_rank', 'capt
            'representation_error', 'predicted_errors', 'answer_add', 'propagate', 'state_numbers', 'proxy_rows',
            'variant', 'training_rows', 'prediction_rows', 'input_rows', 'write_rows', 'read_rows', 'proxy_table',
            'plot_proxy', 'rank_correlation', 'prediction_table', 'plot_prediction', 'input_table', 'ablation_table',
-           'ceiling_rows', 'plot_ceilings', 'ceiling_table', 'main']
+           'gain_table', 'ceiling_rows', 'plot_ceilings', 'ceiling_table', 'main']
 
 # %% ../nbs/17_alignment.ipynb #85f8edaf
 import argparse
@@ -405,6 +405,17 @@ def ablation_table(
     "Divergence from the experts and accuracy of every variant, by seed."
     table = rows.pivot_table(index='variant', columns='seed', values=['divergence', 'accuracy'])[['divergence', 'accuracy']]
     return table.sort_values(('divergence', rows.seed.min()))
+
+def gain_table(
+    rows:pd.DataFrame, # a record with `study`, `seed`, `variant`, `divergence`, `accuracy` and `kept`
+    default:str        # the variant that all are held against
+)->pd.DataFrame:       # a line per variant that every set of experts has, nearest to the experts first
+    "Mean divergence, on how many sets it is below the default's, and mean gains with standard errors."
+    wide = rows.pivot(index=['study', 'seed'], columns='variant', values=['divergence', 'accuracy', 'kept']).dropna(axis=1)
+    gain = {v: wide[v].sub(wide[v][default], axis=0) for v in ('divergence', 'accuracy', 'kept')}
+    out = dict(divergence=wide['divergence'].mean(), nearer=(gain['divergence'] < 0).sum(), of=len(wide))
+    for v in ('accuracy', 'kept'): out |= {v: gain[v].mean(), f'{v} ±': gain[v].sem()}
+    return pd.DataFrame(out).sort_values('divergence')
 
 # %% ../nbs/17_alignment.ipynb #5637f004
 CEILINGS = .35, .5, .7, 1., 1.4, 2., 2.8, 4., None # None: no ceiling
