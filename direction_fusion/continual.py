@@ -129,8 +129,10 @@ def cost_rows(
             widths = sorted({v.shape[1] for v in base.values() if v.ndim == 2})
             grams = [x @ x.mT for x in (torch.randn(n, n) for n in widths)]
             eigen = sum(least(lambda: torch.linalg.eigh(C)) for C in grams)
-            one, two = load_file(path), {k: v + .01 for k, v in load_file(path).items()}
-            add = least(lambda: Fusion(base, method).add(one).add(two)) - least(lambda: Fusion(base, method).add(one))
+            one = load_file(path)
+            fusion = Fusion(base, method).add(one)
+            others = iter([{k: v + .01 * i for k, v in one.items()} for i in range(1, turns + 1)])
+            add = least(lambda: fusion.add(next(others)))
     finally: torch.set_num_threads(threads)
     return [dict(method=method, d=d, layers=layers, numbers=sum(v.numel() for v in base.values()), widths=widths,
                  read=read, eigen=eigen, add=add, ratio=add / (2 * read + eigen))]
