@@ -1793,6 +1793,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'direction_fusion.website._execute': ('website.html#_execute', 'direction_fusion/website.py'),
                                           'direction_fusion.website._finish': ('website.html#_finish', 'direction_fusion/website.py'),
                                           'direction_fusion.website._fold': ('website.html#_fold', 'direction_fusion/website.py'),
+                                          'direction_fusion.website._lighter': ('website.html#_lighter', 'direction_fusion/website.py'),
                                           'direction_fusion.website._mover': ('website.html#_mover', 'direction_fusion/website.py'),
                                           'direction_fusion.website._process': ('website.html#_process', 'direction_fusion/website.py'),
                                           'direction_fusion.website._quiet': ('website.html#_quiet', 'direction_fusion/website.py'),

@@ -233,6 +233,9 @@ def refit(
     for name, d in done.items():
         was = f"on other random words {d['before']:.1%} of its answers were {Path(name).name}'s"
         print(f"{d['file']}: {was}, {d['after']:.1%} are now")
+    if own := [Path(n).name for n, d in done.items() if d['below']]:
+        print(f"note: {', '.join(own)} kept layers below the last one, such as a pooler; where that was measured, such heads "
+              "gained on some tasks and lost on others. The old ones are in heads/: try both", file=sys.stderr)
 
 # %% ../nbs/30_cli.ipynb #c11ef003
 @app.command()

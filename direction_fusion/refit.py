@@ -129,7 +129,7 @@ def _fit(model, fused, head, answers, about, rho, out)->dict: # one head, writte
     with safe_open(head, 'pt') as f: facts = json.loads(f.metadata()['direction_fusion'])
     facts['refit'] = dict(rho=rho) | {k: about[k] for k in ('random_inputs', 'longest', 'seed')}
     with atomic_path(out) as p: save_tensors(tensors, p, direction_fusion=json.dumps(facts))
-    return dict(file=out, before=before, after=after)
+    return dict(file=out, before=before, after=after, below=[k for k in old_head if k not in about['rows']])
 
 def _check_rho(rho):
     if not rho > 0: raise ValueError(f"`rho` must be positive, got {rho}")
@@ -145,7 +145,7 @@ def refit_heads(
     longest:int=10,         # most words in a text
     seed:int=0,             # of the draw
     advance:Callable=lambda done, total: None, # told how many experts are done
-)->dict[str, dict]:         # expert → file, and the share of other such texts on which its answer is the expert's: before, after
+)->dict[str, dict]: # expert → file; share of other such texts on which its answer is the expert's: before, after; layers `below`
     "Fit the head of each expert to the fused body; written to heads/refit/, whole or not at all."
     _check_rho(rho)
     (fused, _), opened, done = open_models(folder, []), [_expert(folder, e, base) for e in experts], {}

@@ -7,8 +7,10 @@ __all__ = ['split_title', 'page_name', 'sidebar', 'by_study', 'show_results', 's
            'api_table', 'accessible', 'build_site', 'main']
 
 # %% ../nbs/42_website.ipynb #fa31346b
+import base64
 import contextlib
 import functools
+import io
 import json
 import posixpath
 import re
@@ -170,6 +172,18 @@ def _process(root:Path)->Path: # nbdev's half of the way: the folder of processe
         quarto.refresh_quarto_yml(); quarto.nbdev_sidebar.__wrapped__()
         return Path(serve.proc_nbs(n_workers=0, force=True))
 
+# %% ../nbs/42_website.ipynb #8eadc3b1
+def _lighter(nb:Path)->None: # its figures in fewer colours, where that is smaller
+    from PIL import Image
+    book = json.loads(nb.read_text(encoding='utf-8'))
+    for data in (o['data'] for c in book['cells'] for o in c.get('outputs', ()) if 'image/png' in o.get('data', {})):
+        image, small = Image.open(io.BytesIO(base64.b64decode(data['image/png']))), io.BytesIO()
+        if image.mode != 'RGB' and (image.mode != 'RGBA' or image.getchannel('A').getextrema() != (255, 255)): continue
+        few = image.convert('RGB').quantize(256, dither=Image.Dither.NONE)
+        few.save(small, 'PNG', optimize=True, dpi=image.info.get('dpi'))
+        if len(text := base64.b64encode(small.getvalue()).decode()) < len(data['image/png']): data['image/png'] = text
+    nb.write_text(json.dumps(book, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
 # %% ../nbs/42_website.ipynb #8eadc3b0
 _SHOWS = re.compile(r'\b(published|study_records|study_run|load_benchmark|load_record|methods_benchmark|read_rows)\(')
 
@@ -194,6 +208,7 @@ def refresh(
             if not fnmatchcase((name := nb.relative_to(copy/'nbs').as_posix()), only): continue
             before = nb.read_bytes()
             with contextlib.chdir(nb.parent): Shell(nb).execute(nb, nb, exc_stop=True)
+            _lighter(nb)
             if (root/'nbs'/name).read_bytes() != before:
                 raise ValueError(f"{name} has been edited meanwhile, and is left as it is")
             shutil.copyfile(nb, root/'nbs'/name); done.append(root/'nbs'/name)
