@@ -1180,6 +1180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'direction_fusion.refit._expert': ('refit.html#_expert', 'direction_fusion/refit.py'),
                                         'direction_fusion.refit._fill': ('refit.html#_fill', 'direction_fusion/refit.py'),
                                         'direction_fusion.refit._fit': ('refit.html#_fit', 'direction_fusion/refit.py'),
+                                        'direction_fusion.refit._kept': ('refit.html#_kept', 'direction_fusion/refit.py'),
                                         'direction_fusion.refit._last': ('refit.html#_last', 'direction_fusion/refit.py'),
                                         'direction_fusion.refit._module': ('refit.html#_module', 'direction_fusion/refit.py'),
                                         'direction_fusion.refit._packed': ('refit.html#_packed', 'direction_fusion/refit.py'),

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from .checkpoints import Checkpoint, View, open_checkpoint
@@ -203,16 +203,22 @@ def refit_kept(
     inputs = json.loads(said.read_text(encoding='utf-8'))['inputs'] if said.is_file() else []
     if {x.get('fingerprint') for x in inputs if x['role'] == 'expert'} != set(about['ids']) or not about['ids']:
         raise ValueError(f"{folder} was not made of the experts that {state} holds: export it anew")
-    files = {n: (Path(folder)/head_file(n), state/answers_file(n)) for n in about['names']}
-    for name, (head, answers) in files.items(): # before any work
-        if not head.is_file(): raise ValueError(f"{folder} has no {head_file(name)}, the head of {name!r}: export it anew")
-        if not answers.is_file():
-            raise ValueError(f"{state} has no answers of {name!r}: `direction-fusion answers {state} EXPERT` keeps them, as long "
-                             "as the expert is at hand")
-    for i, (name, (head, answers)) in enumerate(files.items()):
-        advance(i, len(files))
-        with safe_open(answers, 'pt') as f: kept, facts = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-        done[name] = _fit(_module(fused, head), fused, head, kept, json.loads(facts['direction_fusion']), rho,
-                          _refit_file(folder, head_file(name)))
-    advance(len(files), len(files))
+    # before any work:
+    heads, kept = {n: Path(folder)/head_file(n) for n in about['names']}, {n: _kept(state, n) for n in about['names']}
+    if lack := [n for n, f in heads.items() if not f.is_file()]:
+        raise ValueError(f"{folder} has no {head_file(lack[0])}, the head of {lack[0]!r}: export it anew")
+    for i, name in enumerate(heads):
+        advance(i, len(heads))
+        done[name] = _fit(_module(fused, heads[name]), fused, heads[name], *kept[name], rho, _refit_file(folder, head_file(name)))
+    advance(len(heads), len(heads))
     return done
+
+def _kept(state:Path, name:str)->tuple[dict, dict]: # answers of an expert, and how they came about
+    if not (file := state/answers_file(name)).is_file():
+        raise ValueError(f"{state} has no answers of {name!r}: `direction-fusion answers {state} EXPERT` keeps them, as long "
+                         "as the expert is at hand")
+    try:
+        with safe_open(file, 'pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['direction_fusion'])
+    except SafetensorError as e:
+        raise ValueError(f"{file} is damaged ({e}); keep the answers of {name!r} anew, or restore the file") from None
