@@ -250,7 +250,8 @@ def answers(
 ):
     "Keep what an expert says to random words, so that its head can be refitted when the expert is gone."
     from direction_fusion.refit import keep_answers
-    print(f'kept in {keep_answers(state, expert, name, base, n, longest, seed)}')
+    with Console(stderr=True).status('asking the expert'): file = keep_answers(state, expert, name, base, n, longest, seed)
+    print(f'kept in {file}')
 
 # %% ../nbs/30_cli.ipynb #db7cfe09
 @app.command()
