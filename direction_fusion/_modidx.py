@@ -1725,6 +1725,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'direction_fusion/vocabulary.py'),
                                              'direction_fusion.vocabulary._output_names': ( 'vocabulary.html#_output_names',
                                                                                             'direction_fusion/vocabulary.py'),
+                                             'direction_fusion.vocabulary._outside': ( 'vocabulary.html#_outside',
+                                                                                       'direction_fusion/vocabulary.py'),
                                              'direction_fusion.vocabulary._own_name': ( 'vocabulary.html#_own_name',
                                                                                         'direction_fusion/vocabulary.py'),
                                              'direction_fusion.vocabulary._pick': ( 'vocabulary.html#_pick',

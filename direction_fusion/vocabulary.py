@@ -501,18 +501,25 @@ def label_names(
     return names, [k for k in (last[0], last[0].removesuffix('weight') + 'bias') if k in heads]
 
 # %% ../nbs/24_vocabulary.ipynb #b3d07e15
+def _outside(base:Checkpoint, expert:Checkpoint)->list[str]: # what lies beside the body of `expert`, which its names tell apart
+    own = getattr(expert, 'names', {})
+    prefix = {v.removesuffix(k) for k, v in own.items() if k in base} # the body's, if `match_names` took one off
+    if len(prefix) != 1 or not (p := prefix.pop()).endswith('.'): return []
+    return [k for k, v in own.items() if k not in base and not v.startswith(p)]
+
 def pooler_with_head(
     base:Checkpoint,   # base model
     expert:Checkpoint, # under the base's names
     keep:bool=False    # heads will lie in files of their own: a pooler goes along where there is one, and is none itself
 )->Checkpoint:         # `expert`, or a view on it whose head has this too, named as it is beside the base's parameters
-    "What the base lacks above its body goes the way of the expert's head: a pooler and the like, a language model's head."
+    "What the base lacks beside its body goes the way of the expert's head: a pooler, a last norm, a language model's head."
     words = [k for k in expert if _WORDS(k)]
     if any(k in base for k in words) or expert.config.get('architectures') == base.config.get('architectures'): words = []
     tied = lambda k: _may_tie(expert, k) and _owner(expert, k, base) is not None # follows the table, wherever that goes
     words = [k for k in words if not tied(k)]
-    own = words + [k for k in expert if _BELOW(k) and k not in base]
-    if not own or keep and not (words or head_parameters(expert)): return expert
+    beside = [k for k in _outside(base, expert) if not (_BELOW(k) or _WORDS(k) or expert.roles[k] == 'head')]
+    own = words + beside + [k for k in expert if _BELOW(k) and k not in base]
+    if not own or keep and not (words or beside or head_parameters(expert)): return expert
     def plain(k):
         p = (m := _BELOW(k)) and m[1] or ''
         return k.removeprefix(p) if p and not any(b.startswith(p) for b in base) else k

@@ -749,6 +749,55 @@ def test_a_pooler_goes_with_its_head(headed, tmp_path, base):
     assert 'would refuse' not in call('inspect', headed/base, *(headed/n for n in experts), '-m', 'soft_soup')[1]
 
 
+BESIDE = dict( # class → configuration; what lies beside its body
+    PoolFormerForImageClassification=(dict(
+        hidden_sizes=[8, 16], depths=[1, 1], num_encoder_blocks=2, patch_sizes=[7, 3], strides=[4, 2], padding=[2, 1]),
+        {'norm', 'classifier'}),
+    CvtForImageClassification=(dict(
+        embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 2, 3], mlp_ratio=[2.] * 3), {'layernorm', 'classifier'}),
+    TapasForQuestionAnswering=(text | dict(num_aggregation_labels=4), {
+        'output_weights', 'output_bias', 'column_output_weights', 'column_output_bias', 'aggregation_classifier'}),
+    ViTForMaskedImageModeling=(vision, {'decoder'}),
+    SegformerForSemanticSegmentation=(dict(
+        num_encoder_blocks=2, hidden_sizes=[8, 16], depths=[1, 1], sr_ratios=[2, 1], patch_sizes=[7, 3], strides=[4, 2],
+        num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=8), {'decode_head'}))
+
+
+@pytest.mark.parametrize('name', BESIDE)
+def test_what_lies_beside_a_body_goes_with_its_head(tmp_path, name):
+    "A last norm, a painter of patches, a table of weights: none of it is the body's, whatever it is called."
+    cls, (settings, beside) = getattr(transformers, name), BESIDE[name]
+    config = cls.config_class(**settings)
+    for t in range(3):
+        torch.manual_seed(0)
+        model, g = cls(config), torch.Generator().manual_seed(t)
+        for p in model.parameters(): p.data += .05 * torch.randn(p.shape, generator=g)
+        (model if t else getattr(model, prefix := cls.base_model_prefix)).save_pretrained(tmp_path/f'm{t}')
+    plain = lambda n: {k.removeprefix(prefix + '.'): v for k, v in read_all(tmp_path/n).items()}
+    heads, ms = {n: {k: v for k, v in plain(n).items() if k.split('.')[0] in beside} for n in ('m1', 'm2')}, ('m0', 'm1', 'm2')
+    assert {k.split('.')[0] for k in heads['m1']} == beside
+    first, *others = ({k: v for k, v in plain(n).items() if k.split('.')[0] not in beside} for n in ms)
+    want = fuse(first, others, 'soft_soup')
+    assert call('fuse', *(tmp_path/n for n in ms), '-m', 'soft_soup', '-o', tmp_path/'keep', '--heads', 'keep')[2] == ''
+    assert call('add', tmp_path/'state', tmp_path/'m1', '--base', tmp_path/'m0', '-m', 'soft_soup', '--heads', 'keep')[2] == ''
+    assert call('add', tmp_path/'state', tmp_path/'m2')[2] == call('export', tmp_path/'state', '-o', tmp_path/'too')[2] == ''
+    for out in ('keep', 'too'):
+        assert_close(read_all(tmp_path/out), want)
+        for n, head in heads.items():
+            folder = attach_head(tmp_path/out, tmp_path/out/'heads'/f'{n}.safetensors', tmp_path/f'{out} {n}')
+            model, info = cls.from_pretrained(folder, output_loading_info=True)
+            assert not info['missing_keys'] and not info['unexpected_keys']
+            model.save_pretrained(tmp_path/'again')
+            assert_close(plain('again'), want | head)
+    assert call('fuse', *(tmp_path/n for n in ms), '-m', 'soft_soup', '-o', tmp_path/'base', '--heads', 'base')[2] == ''
+    left = [i.get('left_out', []) for i in json.loads((tmp_path/'base'/'fusion.json').read_text())['inputs']]
+    assert list(map(sorted, left)) == [[], sorted(heads['m1']), sorted(heads['m2'])]
+    state = read_all(tmp_path/'m2') | {f'{prefix}.more': torch.ones(2)}
+    save_file(state, tmp_path/'m2'/'model.safetensors', {'format': 'pt'})
+    experts = [tmp_path/'m1', tmp_path/'m2']
+    refused(f"has '{prefix}.more', which the base lacks", tmp_path/'m0', experts, 'soft_soup', tmp_path/'no', heads='keep')
+
+
 def test_heads_that_cannot_be_told_apart(headed, tmp_path):
     "Nothing is cut: a pooler without a head that the base lacks, unequal labels, a head that has no labels."
     for args in [dict(), dict(heads='keep')]:
