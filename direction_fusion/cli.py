@@ -278,7 +278,7 @@ def add(
     state:Annotated[str, typer.Argument(help='folder of the living fusion; made if need be')],
     expert:Annotated[str, typer.Argument(help='the expert to fold in')],
     base:Annotated[str|None, typer.Option(help='needed for the first expert, and when it has moved')]=None,
-    method:Annotated[str|None, typer.Option('--method', '-m', help='of a new fusion; dora unless said')]=None,
+    method:Annotated[str|None, typer.Option('--method', '-m', help='of a new fusion; dora, or dora_sides for an adapter')]=None,
     name:Annotated[str|None, typer.Option(help="how the expert is called; its folder's name unless said")]=None,
     param:Annotated[list[str]|None, typer.Option('--param', '-p', help='hyper-parameter of a new fusion')]=None,
     weight:Annotated[float, typer.Option(help='for methods that weigh experts')]=1.,

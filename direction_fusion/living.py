@@ -29,7 +29,7 @@ from .core import _some, atomic_path, compute_dtype, fingerprint
 from .fusion import moving, pack_state, resolve_method, roles_of, state_delta, step_state, unpack_state
 from .methods import METHODS, accepted
 from .request import DTYPES, n_cores, one_thread, read_deltas, run_all, shared_names, tally
-from .streaming import _adapter_digests, fitted
+from .streaming import _adapter_digests, fitted, usual_method
 from .vocabulary import (Gathered, _check_kept, align_tokens, head_file, head_parameters, match_tokens,
                                          pooler_with_head, split_heads, without_heads)
 from .writing import ShardWriter, check_out, copy_side_files, manifest, model_card
@@ -215,7 +215,7 @@ def add_expert(
     folder:str|os.PathLike,            # of the living fusion; made if need be
     expert:str|Checkpoint,             # folder, file or hub name, this also as `name@revision`
     base:str|Checkpoint|None=None,     # needed for the first expert, and when it has moved
-    method:str|None=None,              # key of `METHODS`, a sequential one; 'dora' for a new fusion
+    method:str|None=None,              # of a new fusion, key of `METHODS`; None: dora, or dora_sides with an adapter
     name:str|None=None,                # how the expert is called; its folder's name by default
     weight:float=1.,                   # for methods that weigh experts
     roles:Mapping[str, str]|None=None, # of a new fusion, as in `fuse_checkpoints`
@@ -241,7 +241,7 @@ def add_expert(
                 raise ValueError(f"{folder} holds no fusion, but {_some(other)}; name a folder of its own")
             base = base if isinstance(base, Checkpoint) else open_checkpoint(base)
             base = without_heads(base) if heads == 'keep' else base
-            about = _begin(base, method or 'dora', roles, heads or 'refuse', seed or 0, params)
+            about = _begin(base, method or usual_method([open_expert(expert, base)]), roles, heads or 'refuse', seed or 0, params)
         m = METHODS[about['method']]
         full = _expert_of(about, base, expert)
         expert, name = _fitted(about, base, full, tokens), name or _called(full)

@@ -534,6 +534,12 @@ def test_what_fuses_where_no_method_is_named(adapted, tmp_path):
         code, said, err = call('fuse', base, *experts, '-o', tmp_path/'fused', '--overwrite')
         assert code == 0 and f'fused by {method}\n' in said, err
     assert 'fused by dora_sides\n' in call('fuse', *loras, '-o', tmp_path/'alone')[1]
+    for first, method in [(loras[0], 'dora_sides'), (full[0], 'dora')]: # a living fusion goes by the first
+        assert f'{method} of {first.name}\n' in call('add', tmp_path/method, first, '--base', base)[1]
+        assert f'{method} of {first.name}, other\n' in call('add', tmp_path/method, loras[1], '--name', 'other')[1]
+    assert call('export', tmp_path/'dora_sides', '-o', tmp_path/'out')[0] == 0
+    fuse_checkpoints(base, loras, out=tmp_path/'at once')
+    assert_close(read_all(tmp_path/'out'), read_all(tmp_path/'at once'), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('method', ['dora', 'soft_soup'])
