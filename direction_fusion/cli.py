@@ -7,6 +7,8 @@ __all__ = ['app', 'study', 'tune', 'methods', 'studies', 'publish', 'fuse', 'ref
            'export', 'main']
 
 # %% ../nbs/30_cli.ipynb #2b1c55f6
+import atexit
+import gc
 import os
 import sys
 from contextlib import contextmanager
@@ -331,6 +333,7 @@ def main()->None:
     "The `direction-fusion` command."
     os.environ |= {k: v for k, v in dict(OMP_WAIT_POLICY='PASSIVE', TOKENIZERS_PARALLELISM='false').items()
                    if k not in os.environ}
+    atexit.register(gc.freeze) # a process that ends need not look for garbage in all of torch
     try: app(standalone_mode=True)
     except KeyboardInterrupt: sys.exit(130)
     except (ValueError, OSError) as e:
