@@ -92,16 +92,18 @@ def apply_tau(
 # %% ../nbs/00_core.ipynb #f94e4ff7
 ROLES = 'linear', 'linear_t', 'embedding', 'position', 'conv', 'norm', 'bias', 'head', 'other', 'buffer'
 _any = lambda *patterns: re.compile('|'.join(patterns)).search
-_HEAD = _any(r'(?:^|\.)(?:\w+_)?classifier\.', r'(?:^|\.)(?:multiple_choice|value|reward|v)_head\.', r'^fc\.',
-             r'(?:^|\.)(?:score|qa_outputs|classification_head|logits_proj|seq_relationship|dense_prediction)\.',
-             r'(?<!text_model)(?<!vision_model)(?:^|\.)heads?\.(?!dense|norm)')
+_HEAD = _any(r'(?<!router)(?:^|\.)(?:\w+_)?classifier\.', r'(?<!attention)(?:^|\.)(?:multiple_choice|value|reward|v)_head\.',
+             r'^fc\.', r'(?:^|\.)(?:score|qa_outputs|classification_head|logits_proj|seq_relationship|dense_prediction)\.',
+             r'(?<!text_model)(?<!vision_model)(?<!video_model)(?<!tower)(?<!processor)(?<!encoder)(?<!acoustic_decoder)'
+             r'(?<!joint)(?:^|\.)heads?\.(?!dense|norm|layernorm|attention|mlp\.|probe|cls_token|pool|per_dim|'
+             r'(?:[kqvo]|output)_proj\.)')
 _VOCABULARY = _any(r'(?:^|[._])lm_head(?:\.decoder)?\.weight$', r'predictions\.decoder\.weight$',
                    r'(?:^|\.)(?:embed_out|vocab_projector|lm_loss|output_projection)\.weight$',
                    r'^(?:proj_out|output|decoder)\.weight$')
 _POSITION = _any('position', 'pos_emb', 'token_type', 'relative_attention_bias', 'rel_emb', 'distance_embedding', 'seg_embed',
                  r'(?:cls|class|mask|distillation|register|query)_(?:token|embedding)', r'(?:^|\.)wpe\.')
-_TABLE = _any(r'(?:^|\.)(?:wte|wpe|shared|embed_in|relative_attention_bias)\.weight$',
-              r'(?:^|\.)\w*emb(?:ed(?:ding)?s?|ed_tokens|ed_positions)?\.weight$')
+_TABLE = _any(r'(?:^|\.)(?:wte|wpe|shared|embed_in|relative_attention_bias|embed_tokens(?:_per_layer|\.\d+))\.weight$',
+              r'^w\.weight$|(?:^|\.)(?!patch_)\w*emb(?:ed(?:ding)?s?|eds_layer|ed_tokens|ed_positions)?(?:_\d+)?\.weight$')
 _CONV1D = _any(r'att(?:ention|n)\.(?:c_attn|c_proj|q_attn)\.weight$', r'mlp\.(?:c_fc|c_proj)\.weight$')
 
 def _name_role(k:str, x)->str|None: # what the name, the dtype and the number of axes decide, whatever the module

@@ -517,8 +517,8 @@ def pooler_with_head(
     if any(k in base for k in words) or expert.config.get('architectures') == base.config.get('architectures'): words = []
     tied = lambda k: _may_tie(expert, k) and _owner(expert, k, base) is not None # follows the table, wherever that goes
     words = [k for k in words if not tied(k)]
-    beside = [k for k in _outside(base, expert) if not (_BELOW(k) or _WORDS(k) or expert.roles[k] == 'head')]
-    own = words + beside + [k for k in expert if _BELOW(k) and k not in base]
+    beside = [k for k in _outside(base, expert) if not (_WORDS(k) or expert.roles[k] == 'head')]
+    own = words + beside + [k for k in expert if _BELOW(k) and k not in base and k not in beside]
     if not own or keep and not (words or beside or head_parameters(expert)): return expert
     def plain(k):
         p = (m := _BELOW(k)) and m[1] or ''
