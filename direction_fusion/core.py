@@ -102,8 +102,9 @@ _VOCABULARY = _any(r'(?:^|[._])lm_head(?:\.decoder)?\.weight$', r'predictions\.d
                    r'^(?:proj_out|output|decoder)\.weight$')
 _POSITION = _any('position', 'pos_emb', 'token_type', 'relative_attention_bias', 'rel_emb', 'distance_embedding', 'seg_embed',
                  r'(?:cls|class|mask|distillation|register|query)_(?:token|embedding)', r'(?:^|\.)wpe\.')
-_TABLE = _any(r'(?:^|\.)(?:wte|wpe|shared|embed_in|relative_attention_bias|embed_tokens(?:_per_layer|\.\d+))\.weight$',
-              r'^w\.weight$|(?:^|\.)(?!patch_)\w*emb(?:ed(?:ding)?s?|eds_layer|ed_tokens|ed_positions)?(?:_\d+)?\.weight$')
+_TABLE = _any(r'(?:^|\.)(?:wte|wpe|shared|embed_in|relative_attention_bias|embed_tokens(?:_per_layer|\.\d+)|'
+              r'(?:input|position)_embeds_layer)\.weight$|^w\.weight$',
+              r'(?:^|\.)(?!patch_)\w*emb(?:ed(?:ding)?s?|ed_tokens|ed_positions)?(?:_\d+)?\.weight$')
 _CONV1D = _any(r'att(?:ention|n)\.(?:c_attn|c_proj|q_attn)\.weight$', r'mlp\.(?:c_fc|c_proj)\.weight$')
 
 def _name_role(k:str, x)->str|None: # what the name, the dtype and the number of axes decide, whatever the module
