@@ -316,6 +316,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'direction_fusion/checkpoints.py'),
                                               'direction_fusion.checkpoints._from_state': ( 'checkpoints.html#_from_state',
                                                                                             'direction_fusion/checkpoints.py'),
+                                              'direction_fusion.checkpoints._gone': ( 'checkpoints.html#_gone',
+                                                                                      'direction_fusion/checkpoints.py'),
                                               'direction_fusion.checkpoints._header': ( 'checkpoints.html#_header',
                                                                                         'direction_fusion/checkpoints.py'),
                                               'direction_fusion.checkpoints._heads': ( 'checkpoints.html#_heads',
