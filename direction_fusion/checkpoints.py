@@ -373,6 +373,20 @@ def match_names(
             if len(names) == len(expert) and 2 * len(names.keys() & base.keys()) > len(base): return View(expert, names)
     return expert
 
+def _gone(base:Checkpoint, e:Checkpoint)->list[str]: # parts of the base whose names do not occur in those of `e`
+    parts = dict.fromkeys(k.partition('.')[0] for k, m in base.meta.items() if not _is_kept(k, m))
+    have = {p for k in e for p in k.split('.')}
+    return [p for p in parts if p not in have] if parts.keys() & have else []
+
+def _hint(base:Checkpoint, e:Checkpoint)->str:
+    if match_names(base, e) is not e: return '; only a prefix of the names differs: `match_names(base, expert)` puts that right'
+    lacking, more = [k for k in base if k not in e], [k for k in e if k not in base]
+    if more and (gone := _gone(base, e)):
+        return f"; it has nothing of {_some(gone)}: save the base without that, as a class such as T5EncoderModel does"
+    if lacking and all(map(_upper, lacking)) and _other_class(base, e):
+        return "; leave the base's as it is with heads='base' or 'keep', or choose a base of the experts' class"
+    return '; if only names differ, load and save both with one version of transformers' if lacking and more else ''
+
 # %% ../nbs/20_checkpoints.ipynb #30ac0dce
 class Match(NamedTuple):
     "How the names of a base are fused."
@@ -447,21 +461,6 @@ def _apart(e:Checkpoint, k:str)->str: # what to do about a parameter that the ba
 def _who(base:Checkpoint, e:Checkpoint)->str: # the expert's name, and its class where that differs
     a, b = (', '.join(c.config.get('architectures') or ['']) for c in (base, e))
     return f'{e.name} ({b}; the base is {a})' if a and b and a != b else e.name
-
-# %% ../nbs/20_checkpoints.ipynb #740fcfe0
-def _gone(base:Checkpoint, e:Checkpoint)->list[str]: # parts of the base whose names do not occur in those of `e`
-    parts = dict.fromkeys(k.partition('.')[0] for k, m in base.meta.items() if not _is_kept(k, m))
-    have = {p for k in e for p in k.split('.')}
-    return [p for p in parts if p not in have] if parts.keys() & have else []
-
-def _hint(base:Checkpoint, e:Checkpoint)->str:
-    if match_names(base, e) is not e: return '; only a prefix of the names differs: `match_names(base, expert)` puts that right'
-    lacking, more = [k for k in base if k not in e], [k for k in e if k not in base]
-    if more and (gone := _gone(base, e)):
-        return f"; it has nothing of {_some(gone)}: save the base without that, as a class such as T5EncoderModel does"
-    if lacking and all(map(_upper, lacking)) and _other_class(base, e):
-        return "; leave the base's as it is with heads='base' or 'keep', or choose a base of the experts' class"
-    return '; if only names differ, load and save both with one version of transformers' if lacking and more else ''
 
 # %% ../nbs/20_checkpoints.ipynb #0a8002d3
 _MEANING = ('model_type', 'num_attention_heads', 'num_key_value_heads', 'n_head', 'num_heads', 'hidden_act',
