@@ -381,10 +381,10 @@ def _gone(base:Checkpoint, e:Checkpoint)->list[str]: # parts of the base whose n
 def _hint(base:Checkpoint, e:Checkpoint)->str:
     if match_names(base, e) is not e: return '; only a prefix of the names differs: `match_names(base, expert)` puts that right'
     lacking, more = [k for k in base if k not in e], [k for k in e if k not in base]
-    if more and (gone := _gone(base, e)):
-        return f"; it has nothing of {_some(gone)}: save the base without that, as a class such as T5EncoderModel does"
     if lacking and all(map(_upper, lacking)) and _other_class(base, e):
         return "; leave the base's as it is with heads='base' or 'keep', or choose a base of the experts' class"
+    if more and (gone := _gone(base, e)):
+        return f"; it has nothing of {_some(gone)}: save the base without that, as a class such as T5EncoderModel does"
     return '; if only names differ, load and save both with one version of transformers' if lacking and more else ''
 
 # %% ../nbs/20_checkpoints.ipynb #30ac0dce

@@ -1148,7 +1148,7 @@ def test_living_fusion_broken_off_stays_as_it_was(models, tmp_path, monkeypatch)
 def test_adapters_join_a_living_fusion(adapted, tmp_path):
     from direction_fusion.living import add_expert, export_fusion
     base, loras, _ = adapted
-    add_expert(tmp_path/'state', loras[0], base)
+    add_expert(tmp_path/'state', loras[0], base, 'dora')
     assert add_expert(tmp_path/'state', loras[1])['names'] == ['lora1', 'lora2']
     export_fusion(tmp_path/'state', tmp_path/'fused')
     fuse_checkpoints(base, loras, 'dora', tmp_path/'at once')
